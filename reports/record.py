@@ -1,0 +1,303 @@
+"""The one schema of a measurement: a flat `Record`, to and from JSON and CSV.
+
+Sizes are integers of bytes in fields ending ``_bytes``; times are seconds in fields ending ``_s``; counts of
+parameters end ``_params``. A number that was not obtained is None, never 0. Each field's meaning stands in its
+metadata, so that tables, figures and docs take it from here.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import math
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+SCHEMA_VERSION = 1
+
+STATUSES = ("ok", "oom", "killed", "crashed", "timeout", "diverged", "refused")
+SOURCES = ("measured", "predicted")
+SEMANTICS = ("cpu", "cuda")
+
+# What was live at the instant of `peak_step_bytes`, in the order figures stack it; the six add up to it.
+BREAKDOWN = (
+    "parameter_bytes",
+    "basis_bytes",
+    "optimizer_bytes",
+    "gradient_bytes",
+    "activation_bytes",
+    "temporary_bytes",
+)
+PEAKS = ("peak_forward_bytes", "peak_backward_bytes", "peak_optimizer_bytes")
+COUNTS = ("trainable_params", "updated_params", "state_params", "touched_params", "budget_params")
+
+
+class RecordError(ValueError):
+    """A results file that cannot be read, or a record that breaks the schema."""
+
+
+def _f(meaning: str, default: object = None):
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One method, measured or predicted once, on one workload."""
+
+    # --- what was run
+    method: str = field(metadata={"meaning": "registry name of the method"})
+    model: str = field(
+        metadata={"meaning": "what was trained: a checkpoint, preset or config, or layer/block and its shape"}
+    )
+    budget: int | float | str | None = _f("the method's knob as given: an integer count, a density in (0, 1], or AxB")
+    matched: bool | None = _f(
+        "with equal_trainable: whether the method's budget was matched (False: it has none to match)"
+    )
+    equal_trainable: str | None = _f("the reference whose budget_params the other methods were matched to")
+    targets: str = _f("which linear layers the method acts on", "mlp")
+    train_rest: str = _f(
+        "all: everything outside the target weights trains too; none: only the method's own and the head",
+        "all",
+    )
+    data: str | None = _f("where inputs came from")
+    batch: int | None = _f("examples per step")
+    seq: int | None = _f("tokens per example, padding included")
+    padding_fraction: float | None = _f("share of the measured batch's tokens that are padding")
+    dtype: str = _f("dtype of weights and activations", "float32")
+    adapter_dtype: str = _f("same: adapters in the model's dtype; float32: kept in float32", "same")
+    attention: str | None = _f("attention implementation; None where there is no attention")
+    optimizer_impl: str = _f("implementation of AdamW: for-loop, foreach or fused", "for-loop")
+    checkpointing: bool = _f("activation checkpointing", False)
+    lr: float | None = _f("learning rate of every optimizer")
+    seed: int = _f("seed of weights that are new, of data and of dropout", 0)
+    device: str = _f("device that ran the step", "cpu")
+    device_semantics: str = _f("whose kernels' memory behaviour the figures describe: cpu or cuda", "cpu")
+    source: str = _f("measured or predicted", "measured")
+    status: str = _f("ok, oom, killed, crashed, timeout, diverged or refused", "ok")
+    reason: str | None = _f("why the status is not ok")
+
+    # --- memory, bytes
+    resident_bytes: int | None = _f("live after a step, gradients freed: weights, buffers, bases, optimizer state")
+    peak_forward_bytes: int | None = _f("most bytes live in the forward of a steady-state step, resident included")
+    peak_backward_bytes: int | None = _f("most bytes live in the backward of a steady-state step, resident included")
+    peak_optimizer_bytes: int | None = _f("most bytes live in the optimizer of a steady-state step, resident included")
+    peak_step_bytes: int | None = _f("the largest of the three phases: what decides whether training fits")
+    peak_eval_bytes: int | None = _f("most bytes live in an evaluation pass with the training state held")
+    peak_preparation_bytes: int | None = _f("most bytes live while the method prepares")
+    kernel_workspace_bytes: int | None = _f(
+        "what kernels allocate inside themselves in a step and a tracker cannot see"
+    )
+    preparation_workspace_bytes: int | None = _f("the same during preparation")
+    process_peak_bytes: int | None = _f(
+        "the process's high-water mark (resident set), interpreter and libraries included"
+    )
+    peak_requested_bytes: int | None = _f("CUDA: most bytes requested, before the allocator's rounding")
+    peak_reserved_bytes: int | None = _f("CUDA: most bytes the caching allocator held")
+    nvml_process_bytes: int | None = _f("CUDA: what the driver charges the process")
+    parameter_bytes: int | None = _f("at the instant of peak_step_bytes: parameters and buffers, frozen ones too")
+    basis_bytes: int | None = _f("at that instant: transition matrices and the like")
+    optimizer_bytes: int | None = _f("at that instant: optimizer state")
+    gradient_bytes: int | None = _f("at that instant: the storages of .grad")
+    activation_bytes: int | None = _f("at that instant: born in forward and alive when it returned, the batch included")
+    temporary_bytes: int | None = _f("at that instant: the rest")
+    peak_phase: str | None = _f("the phase of the step in which peak_step_bytes occurred")
+
+    # --- parameter counts
+    total_params: int | None = _f("entries of all parameters, adapters included")
+    trainable_params: int | None = _f("entries that may change")
+    updated_params: int | None = _f("entries written in one step")
+    state_params: int | None = _f("entries for which optimizer moments are stored")
+    touched_params: int | None = _f("entries that differ after touched_steps steps")
+    touched_steps: int | None = _f("the number of steps behind touched_params")
+    budget_params: int | None = _f("what the method's budget stands for and what is matched between methods")
+
+    # --- time, seconds (a pass of its own, no tracker)
+    step_time_s: float | None = _f("median time of a training step")
+    step_time_min_s: float | None = _f("fastest of the timed steps")
+    step_time_max_s: float | None = _f("slowest of the timed steps")
+    timed_steps: int | None = _f("the number of steps behind the times")
+    preparation_time_s: float | None = _f("time the method took to prepare, untracked steps included")
+    loss_first: float | None = _f("loss of the first step")
+    loss_last: float | None = _f("loss of the last step")
+
+    # --- environment
+    created_at: str | None = _f("UTC time, ISO 8601")
+    commit: str | None = _f("git commit of the suite; ends in -dirty when the tree had changes")
+    python_version: str | None = _f("Python")
+    torch_version: str | None = _f("torch")
+    transformers_version: str | None = _f("transformers; None where the workload does not use it")
+    platform: str | None = _f("operating system and architecture")
+    device_name: str | None = _f("processor or GPU")
+    threads: int | None = _f("torch's intra-operation threads")
+    schema_version: int = _f("version of this schema", SCHEMA_VERSION)
+
+    def __post_init__(self):
+        for name, hint in _hints().items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                raise RecordError(f"field {name!r} must be {_describe(hint)}, got {value!r}")
+            if name.endswith(("_bytes", "_params", "_s")) and isinstance(value, int | float) and value < 0:
+                if name not in ("kernel_workspace_bytes", "preparation_workspace_bytes"):
+                    raise RecordError(f"field {name!r} must not be negative, got {value!r}")
+        for name, allowed in (
+            ("status", STATUSES),
+            ("source", SOURCES),
+            ("device_semantics", SEMANTICS),
+            ("train_rest", ("all", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise RecordError(f"field {name!r} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.schema_version != SCHEMA_VERSION:
+            raise RecordError(
+                f"schema_version {self.schema_version} is not readable here; this suite reads {SCHEMA_VERSION}"
+            )
+
+    @property
+    def label(self) -> str:
+        """The method with its budget in brackets, as the command line writes it."""
+        return self.method if self.budget is None else f"{self.method}[{self.budget}]"
+
+    def to_dict(self) -> dict[str, object]:
+        """A flat dictionary in the schema's order, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: object) -> Record:
+        """The record that a JSON object holds; raises `RecordError` for anything that is not one."""
+        if not isinstance(raw, dict):
+            raise RecordError(f"a record must be a JSON object, got {type(raw).__name__}")
+        version = raw.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise RecordError(f"schema_version {version!r} is not readable here; this suite reads {SCHEMA_VERSION}")
+        unknown = sorted(set(raw) - set(_hints()))
+        if unknown:
+            raise RecordError(f"unknown field {unknown[0]!r}; the fields are those of reports/record.py")
+        missing = [name for name in ("method", "model") if name not in raw]
+        if missing:
+            raise RecordError(f"a record needs the field {missing[0]!r}")
+        return cls(**raw)
+
+
+@functools.cache
+def _hints() -> dict[str, object]:
+    return typing.get_type_hints(Record)
+
+
+def _alternatives(hint: object) -> tuple[type, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _fits(value: object, hint: object) -> bool:
+    allowed = _alternatives(hint)
+    if isinstance(value, bool):
+        return bool in allowed
+    if isinstance(value, int) and float in allowed:
+        return True
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return isinstance(value, allowed)
+
+
+def _describe(hint: object) -> str:
+    names = {
+        int: "an integer",
+        float: "a finite number",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return " or ".join(names[kind] for kind in _alternatives(hint))
+
+
+def meaning(name: str) -> str:
+    """What the field `name` holds, in one line."""
+    return Record.__dataclass_fields__[name].metadata["meaning"]
+
+
+def dumps(records: Iterable[Record]) -> str:
+    """The records as a JSON list of flat objects, one record a line."""
+    lines = [json.dumps(record.to_dict(), allow_nan=False) for record in records]
+    return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
+
+
+def loads(text: str, source: str = "input") -> list[Record]:
+    """The records of a JSON list; `source` names the text in errors. Raises `RecordError`."""
+    try:
+        raw = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(f"{source} is not complete JSON ({error}); it may have been cut short") from error
+    if not isinstance(raw, list):
+        raise RecordError(f"{source} must hold a JSON list of records, got {type(raw).__name__}")
+    records = []
+    for position, entry in enumerate(raw):
+        try:
+            records.append(Record.from_dict(entry))
+        except RecordError as error:
+            raise RecordError(f"{source}, record {position}: {error}") from error
+    return records
+
+
+def read(path: str | os.PathLike) -> list[Record]:
+    """The records of a JSON file; raises `RecordError` where it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read {os.fspath(path)}: {error}") from error
+    return loads(text, os.fspath(path))
+
+
+def write(records: Iterable[Record], path: str | os.PathLike) -> None:
+    """Write the records as JSON in one stroke: a reader sees the old file or the new one, never half of it."""
+    write_text(dumps(records), path)
+
+
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Write `text` to `path` atomically, through a temporary file in the same directory."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def to_csv(records: Iterable[Record]) -> str:
+    """One tidy table: a row per record, a column per field, an empty cell where a number was not obtained."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [f.name for f in fields(Record)], lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow(record.to_dict())
+    return stream.getvalue()
+
+
+def from_csv(text: str) -> list[Record]:
+    """The records of `to_csv`'s table. Raises `RecordError`."""
+    return [Record.from_dict({k: _parse(k, v) for k, v in row.items()}) for row in csv.DictReader(io.StringIO(text))]
+
+
+def _parse(name: str, cell: str) -> object:
+    allowed = _alternatives(_hints().get(name, str))
+    if cell == "" and type(None) in allowed:
+        return None
+    if bool in allowed and cell in ("True", "False"):
+        return cell == "True"
+    for kind in (int, float):
+        if kind in allowed:
+            try:
+                return kind(cell)
+            except ValueError:
+                continue
+    return cell
