@@ -1,0 +1,69 @@
+"""What a number was measured with: versions, machine, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(device: str) -> dict[str, object]:
+    """The environment fields of a record."""
+    transformers = sys.modules.get("transformers")
+    return {
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "python_version": platform.python_version(),
+        "torch_version": torch.__version__,
+        "transformers_version": getattr(transformers, "__version__", None),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> str | None:
+    """The suite's git commit, with -dirty where tracked files differ; None outside a repository."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return f"{head}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+
+def process_peak_bytes() -> int | None:
+    """The resident set's high-water mark of this process; None where the system does not tell.
+
+    /proc is asked, not getrusage: that one starts at the size of the process that forked this one.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

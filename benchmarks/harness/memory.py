@@ -1,0 +1,282 @@
+"""Live bytes by category and phase, storage by storage.
+
+What is counted: every storage that a tensor seen by the dispatcher refers to, from the operation that made it until
+the last reference to it is gone, in its own size (a view keeps its whole storage alive; a sparse tensor is its indices
+and its values). This covers eager, foreach and fused optimizers, custom autograd functions, checkpointing and COO
+gradients alike.
+
+What is NOT counted: what a kernel allocates inside itself and frees before it returns (`kernel_workspace_bytes` says
+how much that was, from the allocator's own trace), memory that is not torch's, and alignment.
+
+Storages made outside dispatch (`from_pretrained` fills weights so) are found by `Tracker.adopt`, which walks what it is
+given. The log of events is kept as it happens; peaks and categories are computed from it afterwards, when it is known
+what each storage turned out to be.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# In the order of precedence: a storage that is several things counts as the first of them.
+CATEGORIES = ("basis", "optimizer", "parameter", "gradient", "activation", "temporary")
+
+
+class Event(NamedTuple):
+    """A change of live bytes."""
+
+    storage: int  # serial number, never reused
+    change: int  # bytes, negative at death
+    phase: str
+
+
+@dataclass
+class Span:
+    """A stretch of the log, from position `start` to `end`."""
+
+    phase: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes live in a span of the log, and what they were; `phase` is None where the start was the most."""
+
+    bytes: int
+    phase: str | None
+    by_category: dict[str, int]
+
+
+def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages behind a tensor: one for a strided one, indices and values for a sparse one."""
+    if tensor.layout == torch.strided:
+        yield tensor.untyped_storage()
+    elif tensor.layout == torch.sparse_coo:
+        yield tensor._indices().untyped_storage()
+        yield tensor._values().untyped_storage()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
+            yield part.untyped_storage()
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        for part in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()):
+            yield part.untyped_storage()
+    else:
+        raise TypeError(f"cannot account for a tensor of layout {tensor.layout}")
+
+
+def tensors_in(thing: object) -> Iterator[Tensor]:
+    """Every tensor of a module (with gradients), an optimizer's state, or any nest of containers."""
+    if isinstance(thing, nn.Module):
+        for tensor in (*thing.parameters(), *thing.buffers()):
+            yield tensor
+            if tensor.grad is not None:
+                yield tensor.grad
+    elif isinstance(thing, Optimizer):
+        yield from tensors_in([state for state in thing.state.values()])
+    else:
+        for leaf in tree_leaves(thing):
+            if isinstance(leaf, Tensor):
+                yield leaf
+
+
+class Tracker(TorchDispatchMode):
+    """Logs the birth and death of storages while it is entered as a context.
+
+    Only storages on `device_type` count.
+
+    >>> with Tracker() as tracker, tracker.phase("forward"):
+    ...     y = model(x)
+    >>> tracker.peak(0).bytes
+    """
+
+    def __init__(self, device_type: str = "cpu"):
+        super().__init__()
+        self.device_type = device_type
+        self.events: list[Event] = []
+        self.live_bytes = 0
+        self._phase = "idle"
+        self._live: dict[int, tuple[int, weakref.ref]] = {}  # address of the StorageImpl -> serial, reference
+        self._size: dict[int, int] = {}  # serial -> bytes, live ones only
+        self._category: dict[int, str] = {}  # serial -> category, for those that are not temporary
+        self._next = 0
+
+    # --- recording
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation, then note the storages that it returned and the arguments not seen before."""
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+    def adopt(self, *things: object) -> None:
+        """Log storages of modules, optimizers or containers that were made outside dispatch; known ones stay known."""
+        for thing in things:
+            for tensor in tensors_in(thing):
+                self._see(tensor)
+
+    def _see(self, tensor: Tensor) -> None:
+        for storage in storages(tensor):
+            if storage.device.type != self.device_type:
+                continue
+            address = storage._cdata
+            known = self._live.get(address)
+            if known is None:
+                self._born(storage, address)
+            elif self._size[known[0]] != storage.nbytes():
+                # resize_ and out= change a storage in place.
+                self._log(known[0], storage.nbytes() - self._size[known[0]])
+                self._size[known[0]] = storage.nbytes()
+
+    def _born(self, storage: torch.UntypedStorage, address: int) -> None:
+        serial = self._next
+        self._next += 1
+        # The reference must not keep the tracker's events alive through a cycle, nor outlive the storage's address.
+        reference = weakref.ref(storage, lambda _: self._died(serial, address))
+        self._live[address] = (serial, reference)
+        self._size[serial] = storage.nbytes()
+        self._log(serial, storage.nbytes())
+
+    def _died(self, serial: int, address: int) -> None:
+        if self._live.get(address, (None,))[0] == serial:
+            del self._live[address]
+        self._log(serial, -self._size.pop(serial))
+
+    def _log(self, serial: int, change: int) -> None:
+        self.live_bytes += change
+        self.events.append(Event(serial, change, self._phase))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Span]:
+        """Events inside belong to the phase `name`; the span is complete when the context ends."""
+        before, self._phase = self._phase, name
+        span = Span(name, len(self.events), len(self.events))
+        try:
+            yield span
+        finally:
+            span.end = len(self.events)
+            self._phase = before
+
+    def mark(self, category: str, *things: object) -> None:
+        """Say what the storages of these things are, from their birth on; an earlier category in precedence wins."""
+        rank = CATEGORIES.index(category)
+        self.adopt(*things)
+        for thing in things:
+            for tensor in tensors_in(thing):
+                for storage in storages(tensor):
+                    if storage._cdata in self._live:
+                        self._mark(self._live[storage._cdata][0], category, rank)
+
+    def mark_born_since(self, category: str, position: int) -> None:
+        """Mark every storage that is live now and was born at or after `position` in the log."""
+        rank = CATEGORIES.index(category)
+        for serial in {event.storage for event in self.events[position:] if event.change > 0}:
+            if serial in self._size:
+                self._mark(serial, category, rank)
+
+    def _mark(self, serial: int, category: str, rank: int) -> None:
+        if rank < CATEGORIES.index(self._category.get(serial, "temporary")):
+            self._category[serial] = category
+
+    # --- reading
+
+    @property
+    def position(self) -> int:
+        """Where the log ends now; spans of the log are given by such positions."""
+        return len(self.events)
+
+    def live(self, *excluded: object) -> int:
+        """Bytes live now, without the storages of the excluded things."""
+        without = {s._cdata: s.nbytes() for thing in excluded for t in tensors_in(thing) for s in storages(t)}
+        return self.live_bytes - sum(n for address, n in without.items() if address in self._live)
+
+    def peak(self, start: int, end: int | None = None) -> Peak:
+        """The most bytes live from position `start`, what was live there included, to position `end`.
+
+        The breakdown is that of the first instant at which the most was live; it adds up to `bytes` exactly.
+        """
+        total = most = sum(event.change for event in self.events[:start])
+        at, where = start, None
+        for i, event in enumerate(self.events[start:end], start + 1):
+            total += event.change
+            if total > most:
+                most, at, where = total, i, event.phase
+        sizes: dict[int, int] = {}
+        for event in self.events[:at]:
+            sizes[event.storage] = sizes.get(event.storage, 0) + event.change
+        by_category = dict.fromkeys(CATEGORIES, 0)
+        for serial, n in sizes.items():
+            by_category[self._category.get(serial, "temporary")] += n
+        return Peak(most, where, by_category)
+
+    def peak_of_born(self, start: int, end: int | None = None) -> int:
+        """The most bytes live in the span of storages born in it: what an allocator's trace of the span can know."""
+        known = {event.storage for event in self.events[:start]}
+        total = most = 0
+        for event in self.events[start:end]:
+            if event.storage not in known:
+                total += event.change
+                most = max(most, total)
+        return most
+
+
+@contextmanager
+def steady_collection() -> Iterator[None]:
+    """Collect garbage cycles now and not inside: what a step holds must not depend on when the collector runs."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class AllocatorTrace:
+    """The CPU allocator's own account of a stretch of code, independent of the tracker.
+
+    `peak_bytes` is the most that was allocated at once since the start, counting only what was allocated since: memory
+    from before is unknown to it, alive or freed.
+    """
+
+    def __init__(self):
+        self._profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=False
+        )
+        self.peak_bytes: int | None = None
+        self.left_bytes: int | None = None
+
+    def __enter__(self) -> AllocatorTrace:
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._profiler.__exit__(*exception)
+        changes = self._changes()
+        total = most = 0
+        for change in changes:
+            total += change
+            most = max(most, total)
+        self.peak_bytes, self.left_bytes = most, total
+
+    def _changes(self) -> Iterable[int]:
+        events = [e for e in self._profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        # Kineto does not promise the order; one thread allocates, so its clock gives it back.
+        return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

@@ -1,0 +1,411 @@
+"""THE measured run: build, prepare, warm up, measure memory; then, apart from it and from a fresh build, time.
+
+Memory and time are separate passes: the tracker and the allocator's trace slow a step down, and a timed step must not
+be. The step that is measured is a steady-state one (the third or later), so optimizer state exists.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from baselines.method import Budget, Method, Setting, target_shapes
+from baselines.registry import get
+from benchmarks.harness import models
+from benchmarks.harness.cuda import AllocatorMeter
+from benchmarks.harness.environment import environment, process_peak_bytes
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.memory import AllocatorTrace, Peak, Span, Tracker, steady_collection
+from benchmarks.harness.workload import BlockWorkload, LayerWorkload, ModelWorkload, Workload
+from reports.record import BREAKDOWN, Record
+
+WARM_UP_STEPS = 2
+
+Phase = Callable[[str], AbstractContextManager]
+
+
+class Diverged(RuntimeError):
+    """A loss that is not finite."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One measured run: everything that a worker needs to know, as JSON can carry it."""
+
+    method: str
+    budget: Budget = None
+    matched: bool | None = None
+    equal_trainable: str | None = None
+    model: str | None = None
+    layer: tuple[int, int] | None = None  # D_in, D_out
+    block: tuple[int, int] | None = None
+    data: str | None = None
+    batch: int = 16
+    seq: int = 128
+    dtype: str = "float32"
+    adapter_dtype: str = "same"
+    attention: str = "sdpa"
+    optimizer_impl: str = "for-loop"
+    train_rest: str = "all"
+    targets: str = "mlp"
+    checkpointing: bool = False
+    lr: float = 1e-4
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    calibration_steps: int = 30
+    timed_steps: int = 10
+    hub: bool = False
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, object]) -> RunSpec:
+        """From JSON: lists become tuples again."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+    def workload(self) -> Workload:
+        """The workload that the spec names. Raises `InputError`."""
+        named = [what for what in ("model", "layer", "block") if getattr(self, what) is not None]
+        if len(named) != 1:
+            raise InputError(f"give exactly one of --model, --layer and --block, got {', '.join(named) or 'none'}")
+        common = {name: getattr(self, name) for name in ("batch", "seq", "dtype", "device", "seed", "targets")}
+        if self.model is None:
+            if self.data is not None or self.checkpointing:
+                raise InputError("--data and --checkpointing go with --model, not with --layer or --block")
+            kind, shape = (LayerWorkload, self.layer) if self.layer else (BlockWorkload, self.block)
+            return kind(*shape, **common)
+        return ModelWorkload(
+            models.resolve(self.model, hub=self.hub),
+            data=self.data,
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+            hub=self.hub,
+            **common,
+        )
+
+    def blank(self, workload_name: str, **outcome: object) -> Record:
+        """A record with this configuration and whatever else is given."""
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(Record)} - {"model", "data", "attention"}
+        configuration = {name: getattr(self, name) for name in shared}
+        return Record(model=workload_name, **{**configuration, **outcome})
+
+    def label(self) -> str:
+        """The workload in words, without building it."""
+        for kind in ("layer", "block"):
+            if getattr(self, kind):
+                return f"{kind} {getattr(self, kind)[0]}x{getattr(self, kind)[1]}"
+        return str(self.model)
+
+
+@dataclass
+class Trained:
+    """A model made ready by a method, and what its training steps need."""
+
+    workload: Workload
+    method: Method
+    model: nn.Module
+    batches: Iterator[object]
+    shapes: Sequence[tuple[int, int]]
+    optimizers: list[Optimizer]
+
+
+def run(spec: RunSpec) -> Record:
+    """Measure one method on one workload, in this process."""
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    workload = spec.workload()
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
+    memory = measure_memory(spec, workload)
+    timing = measure_time(spec, workload) if spec.timed_steps else {}
+    return spec.blank(
+        workload.name,
+        data=workload.data,
+        attention=workload.attention,
+        device_semantics="cuda" if spec.device.startswith("cuda") else "cpu",
+        **memory,
+        **timing,
+        **environment(spec.device),
+    )
+
+
+def build(spec: RunSpec, workload: Workload) -> tuple[Method, nn.Module, Sequence[tuple[int, int]]]:
+    """The unprepared model, the method, and the shapes of the method's target weights."""
+    torch.manual_seed(spec.seed)
+    model = workload.build()
+    layers = workload.layers(model)
+    setting = Setting(
+        layers=layers,
+        train_rest=spec.train_rest,
+        adapter_dtype=spec.adapter_dtype,
+        optimizer_impl=spec.optimizer_impl,
+        calibration_steps=spec.calibration_steps,
+        seed=spec.seed,
+        backward=workload.run_backward,
+    )
+    return get(spec.method)(spec.budget, setting), model, target_shapes(model, layers)
+
+
+def training_step(state: Trained, batch: object, phase: Phase, after: Callable[[str], None] = lambda _: None):
+    """One step, as every pass runs it: forward, backward, optimizer, gradients freed. Returns the loss.
+
+    `after` is called when a phase's work is done and its results still live.
+    """
+    with phase("forward"):
+        result = state.workload.forward(state.model, batch)
+        after("forward")
+    with phase("backward"):
+        loss = state.workload.backward(result)
+        state.method.after_backward(state.model)
+        after("backward")
+        for tensor in state.workload.inputs(batch):
+            tensor.grad = None
+        if not state.workload.keeps_outputs:
+            result.release()
+    with phase("optimizer"):
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.method.after_step(state.model)
+        after("optimizer")
+    state.model.zero_grad(set_to_none=True)
+    result.release()
+    if loss is not None and not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss}")
+    return loss
+
+
+# --- memory
+
+
+def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
+    """The memory fields and counts of a record, and the losses of the first and the last step."""
+    device = torch.device(spec.device)
+    method, model, shapes = build(spec, workload)
+    batches = workload.batches()
+    tracker = Tracker(device.type)
+    tracker.adopt(model)
+
+    preparation, preparation_trace = _track_preparation(tracker, method, model, batches)
+    tracker.mark("basis", list(method.basis_tensors(model)))
+    tracker.mark("parameter", model)
+    counts = method.counts(model, shapes)
+    state = Trained(workload, method, model, batches, shapes, method.optimizers(model, spec.lr))
+
+    batch = next(batches)
+    tracker.mark("activation", batch)
+    with tracker:
+        losses = [training_step(state, batch, tracker.phase) for _ in range(WARM_UP_STEPS)]
+    tracker.mark("optimizer", *state.optimizers)
+
+    spans: dict[str, list[Span]] = {}
+    updated: list[int] = []
+    with tracker, steady_collection():
+        first = tracker.position
+        for _ in range(method.period):
+            losses.append(_tracked_step(state, batch, tracker, spans, updated))
+        last = tracker.position
+        resident = tracker.live(batch)
+        evaluation = _tracked_evaluation(state, batch, tracker)
+
+    result: dict[str, object] = {
+        **asdict(counts),
+        "updated_params": max(updated),
+        "state_params": state_params(state.optimizers),
+        "padding_fraction": workload.padding_fraction(batch),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+    step = tracker.peak(first, last)
+    peaks = {f"peak_{name}_bytes": max(tracker.peak(s.start, s.end).bytes for s in spans[name]) for name in spans}
+    if device.type == "cuda":
+        return {**result, **_metered(state, batch, step, resident, preparation, tracker)}
+    with steady_collection(), AllocatorTrace() as trace:
+        for _ in range(method.period):
+            training_step(state, batch, _untracked)
+    return {
+        **result,
+        **peaks,
+        **breakdown(step),
+        "resident_bytes": resident,
+        "peak_step_bytes": step.bytes,
+        "peak_phase": _phase_of(step, spans, tracker),
+        "peak_eval_bytes": tracker.peak(evaluation.start, evaluation.end).bytes,
+        "peak_preparation_bytes": tracker.peak(preparation.start, preparation.end).bytes,
+        "kernel_workspace_bytes": trace.peak_bytes - tracker.peak_of_born(first, last),
+        "preparation_workspace_bytes": preparation_trace.peak_bytes
+        - tracker.peak_of_born(preparation.start, preparation.end),
+        "process_peak_bytes": process_peak_bytes(),
+    }
+
+
+def _track_preparation(tracker: Tracker, method: Method, model: nn.Module, batches: Iterator[object]):
+    trace = AllocatorTrace()
+    with ExitStack() as stack:
+        stack.enter_context(steady_collection())
+        stack.enter_context(trace)
+        stack.enter_context(tracker)
+        span = stack.enter_context(tracker.phase("preparation"))
+        method.prepare(model, batches)
+    return span, trace
+
+
+def _tracked_step(
+    state: Trained, batch: object, tracker: Tracker, spans: dict[str, list[Span]], updated: list[int]
+) -> float | None:
+    """A step whose storages are marked as they show what they are."""
+    starts = {"forward": tracker.position}
+
+    def phase(name: str) -> AbstractContextManager:
+        starts[name] = tracker.position
+        context = tracker.phase(name)
+
+        class Kept:
+            def __enter__(self):
+                spans.setdefault(name, []).append(context.__enter__())
+
+            def __exit__(self, *exception):
+                return context.__exit__(*exception)
+
+        return Kept()
+
+    def after(name: str) -> None:
+        if name == "forward":
+            tracker.mark_born_since("activation", starts["forward"])
+        elif name == "backward":
+            tracker.mark("gradient", gradients(state.model), [t.grad for t in state.workload.inputs(batch)])
+            updated.append(sum(written_entries(g) for g in gradients(state.model)))
+        else:
+            # State that a step replaces rather than updates.
+            tracker.mark("optimizer", *state.optimizers)
+
+    return training_step(state, batch, phase, after)
+
+
+def _tracked_evaluation(state: Trained, batch: object, tracker: Tracker) -> Span:
+    state.model.eval()
+    with torch.no_grad(), tracker.phase("eval") as span:
+        result = state.workload.forward(state.model, batch)
+    result.release()
+    state.model.train()
+    return span
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """The gradients that exist."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def written_entries(gradient: Tensor) -> int:
+    """The entries that an optimizer writes for a gradient: all of a dense one's, the stored ones of a sparse one."""
+    if gradient.layout == torch.sparse_coo:
+        return gradient._values().numel()
+    return gradient.numel()
+
+
+def state_params(optimizers: Sequence[Optimizer]) -> int:
+    """Entries for which optimizers keep moments: for each parameter, the largest of its state tensors."""
+    return sum(
+        max((value.numel() for value in state.values() if isinstance(value, Tensor) and value.dim() > 0), default=0)
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+    )
+
+
+def breakdown(peak: Peak) -> dict[str, int]:
+    """The breakdown fields of a record; they add up to the peak exactly."""
+    return {name: peak.by_category[name.removesuffix("_bytes")] for name in BREAKDOWN}
+
+
+def _phase_of(step: Peak, spans: dict[str, list[Span]], tracker: Tracker) -> str | None:
+    """The phase in which the step's peak is first reached."""
+    for name, parts in spans.items():
+        if any(tracker.peak(part.start, part.end).bytes == step.bytes for part in parts):
+            return name
+    return None
+
+
+def _untracked(_: str) -> AbstractContextManager:
+    return nullcontext()
+
+
+def _metered(
+    state: Trained, batch: object, tracked: Peak, resident: int, preparation: Span, tracker: Tracker
+) -> dict[str, object]:
+    """CUDA: peaks from the allocator; the tracker tells what they were, and rounding and workspaces are the rest."""
+    meter = AllocatorMeter(torch.device(state.workload.device))
+    with steady_collection():
+        for _ in range(state.method.period):
+            training_step(state, batch, meter.phase)
+        live = meter.live()
+        state.model.eval()
+        with torch.no_grad(), meter.phase("eval"):
+            state.workload.forward(state.model, batch).release()
+        state.model.train()
+    evaluation = meter.allocated.pop("eval")
+    meter.requested.pop("eval")
+    top = max(meter.allocated.values())
+    parts = breakdown(tracked)
+    parts["temporary_bytes"] += top - tracked.bytes
+    return {
+        **{f"peak_{name}_bytes": value for name, value in meter.allocated.items()},
+        **parts,
+        "resident_bytes": live - (tracker.live() - tracker.live(batch)),
+        "peak_step_bytes": top,
+        "peak_phase": max(meter.allocated, key=meter.allocated.get),
+        "peak_eval_bytes": evaluation,
+        "peak_preparation_bytes": tracker.peak(preparation.start, preparation.end).bytes,
+        "peak_requested_bytes": max(meter.requested.values()),
+        "peak_reserved_bytes": meter.reserved,
+        "process_peak_bytes": process_peak_bytes(),
+    }
+
+
+# --- time
+
+
+def measure_time(spec: RunSpec, workload: Workload) -> dict[str, object]:
+    """Step and preparation times from a fresh build, and the entries that the timed steps changed."""
+    method, model, shapes = build(spec, workload)
+    batches = workload.batches()
+    started = time.perf_counter()
+    method.prepare(model, batches)
+    _wait(spec.device)
+    preparation = time.perf_counter() - started
+    state = Trained(workload, method, model, batches, shapes, method.optimizers(model, spec.lr))
+    before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    drawn = [next(batches) for _ in range(spec.timed_steps)]
+    for batch in drawn[:WARM_UP_STEPS]:
+        training_step(state, batch, _untracked)
+    _wait(spec.device)
+    seconds = []
+    with steady_collection():
+        for batch in drawn:
+            started = time.perf_counter()
+            training_step(state, batch, _untracked)
+            _wait(spec.device)
+            seconds.append(time.perf_counter() - started)
+    return {
+        "step_time_s": statistics.median(seconds),
+        "step_time_min_s": min(seconds),
+        "step_time_max_s": max(seconds),
+        "timed_steps": len(seconds),
+        "preparation_time_s": preparation,
+        "touched_params": sum(int((p != old).sum()) for p, old in before),
+        "touched_steps": min(WARM_UP_STEPS, len(drawn)) + len(drawn),
+    }
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

@@ -1,0 +1,313 @@
+"""What is trained: one linear layer, two MLP blocks, or a transformers model; its batches, its forward and backward.
+
+A layer or block is measured as it sits inside a network: X requires a gradient and is held by the workload, as are Y
+and a DENSE upstream gradient dL/dY. dL/dX, which the layer below would consume, is freed when backward ends. Because
+the workload itself holds X, a lone layer cannot show what saving less of X is worth; the block can.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.harness import models, text
+from benchmarks.harness.errors import InputError
+from sparsegrad.mlp import find_layers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+# What a packaged checkpoint is trained on by default.
+DEFAULT_DATA = {"encoder": "trec", "decoder": "movie"}
+
+
+@dataclass
+class Pass:
+    """What one forward returned, as a training loop holds it until it lets go."""
+
+    held: object  # outputs, and whatever the loop needs for backward
+
+    def release(self) -> None:
+        """Let go."""
+        self.held = None
+
+
+class Workload(ABC):
+    """A model, where its inputs come from, and one forward and backward of it."""
+
+    name: str
+    data: str | None = None
+    attention: str | None = None
+    # Whether Y outlives backward: a layer's next neighbour holds it, a model's outputs are dropped.
+    keeps_outputs: bool = False
+
+    def __init__(self, batch: int, seq: int, dtype: str, device: str, seed: int, targets: str):
+        for what, value in (("batch", batch), ("seq", seq)):
+            if value < 1:
+                raise InputError(f"{what} must be at least 1, got {value}")
+        if dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.batch, self.seq, self.seed, self.targets = batch, seq, seed, targets
+        self.dtype, self.device = DTYPES[dtype], torch.device(device)
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The model in training mode, on the workload's device; the same weights every time."""
+
+    @abstractmethod
+    def skeleton(self) -> nn.Module:
+        """The same architecture on the meta device: shapes without memory."""
+
+    def layers(self, model: nn.Module) -> dict[str, list[str]]:
+        """Kind -> names of the target layers."""
+        return find_layers(model, self.targets)
+
+    @abstractmethod
+    def batches(self) -> Iterator[object]:
+        """Endless, the same every time; each batch is made when it is drawn."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: object) -> Pass:
+        """One forward pass in the model's mode."""
+
+    @abstractmethod
+    def backward(self, result: Pass) -> float | None:
+        """One backward pass from what `forward` returned; gives the loss where there is one."""
+
+    def run_backward(self, model: nn.Module, batch: object) -> None:
+        """Forward and backward, as calibration needs them."""
+        self.backward(self.forward(model, batch))
+        for tensor in self.inputs(batch):
+            tensor.grad = None
+
+    def inputs(self, batch: object) -> Sequence[Tensor]:
+        """Tensors of the batch that receive a gradient."""
+        return ()
+
+    def padding_fraction(self, batch: object) -> float | None:
+        """Share of the batch's tokens that are padding."""
+        return 0.0
+
+
+class TwoBlocks(nn.Module):
+    """Up projection, GELU, down projection, twice: (..., D_in) -> (..., D_in)."""
+
+    def __init__(self, d_in: int, d_hidden: int, **options):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(d_in, d_hidden, **options), "down": nn.Linear(d_hidden, d_in, **options)})
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_in)."""
+        for block in self.blocks:
+            x = block["down"](F.gelu(block["up"](x)))
+        return x
+
+
+class OneLayer(nn.Module):
+    """A lone linear layer with a bias: (..., D_in) -> (..., D_out)."""
+
+    def __init__(self, d_in: int, d_out: int, **options):
+        super().__init__()
+        self.linear = nn.Linear(d_in, d_out, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out)."""
+        return self.linear(x)
+
+
+class ShapeWorkload(Workload):
+    """A layer or a block of a given shape on normal random input and a normal random upstream gradient."""
+
+    keeps_outputs = True
+    kinds: Mapping[str, str]
+    module: type[nn.Module]
+
+    def __init__(self, d_in: int, d_out: int, **options):
+        super().__init__(**options)
+        self.d_in, self.d_out = d_in, d_out
+        self.name = f"{self.label} {d_in}x{d_out}"
+
+    def build(self):
+        """New weights under the seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return self.module(self.d_in, self.d_out, dtype=self.dtype, device=self.device).train()
+
+    def skeleton(self):
+        """Shapes alone."""
+        return self.module(self.d_in, self.d_out, dtype=self.dtype, device="meta")
+
+    def layers(self, model):
+        """The layers of the workload for `mlp`; otherwise as for any model."""
+        return find_layers(model, dict(self.kinds) if self.targets == "mlp" else self.targets)
+
+    def batches(self):
+        """X (batch, seq, D_in), which requires a gradient, and dL/dY."""
+        generator = torch.Generator(device=self.device).manual_seed(self.seed)
+        options = {"generator": generator, "dtype": self.dtype, "device": self.device}
+        while True:
+            x = torch.randn(self.batch, self.seq, self.d_in, **options).requires_grad_()
+            yield x, torch.randn(self.batch, self.seq, self.width, **options)
+
+    def forward(self, model, batch):
+        """Y."""
+        x, dy = batch
+        return Pass((model(x), dy))
+
+    def backward(self, result):
+        """From dL/dY; there is no loss."""
+        y, dy = result.held
+        # An evaluation-like model may not depend on anything that trains.
+        if y.requires_grad:
+            torch.autograd.backward(y, dy)
+
+    def inputs(self, batch):
+        """X."""
+        return batch[:1]
+
+
+class LayerWorkload(ShapeWorkload):
+    """One linear layer D_in -> D_out."""
+
+    label, module, kinds = "layer", OneLayer, {"linear": "linear"}
+
+    @property
+    def width(self) -> int:
+        """The last dimension of Y."""
+        return self.d_out
+
+
+class BlockWorkload(ShapeWorkload):
+    """Two MLP blocks D_in -> D_out -> D_in."""
+
+    label, module, kinds = "block", TwoBlocks, {"up": "up", "down": "down"}
+
+    @property
+    def width(self) -> int:
+        """The last dimension of Y."""
+        return self.d_in
+
+
+class ModelWorkload(Workload):
+    """A transformers model: an encoder that classifies text, or a decoder that predicts the next token.
+
+    A checkpoint with a tokenizer reads real text; an encoder's is padded to `seq`, a decoder's is packed without
+    padding. An architecture without one reads uniformly random tokens, without padding.
+    """
+
+    def __init__(
+        self,
+        source: models.ModelSource,
+        data: str | None,
+        attention: str,
+        checkpointing: bool = False,
+        hub: bool = False,
+        **options,
+    ):
+        super().__init__(**options)
+        longest = getattr(source.config, "max_position_embeddings", None)
+        if longest is not None and self.seq > longest:
+            raise InputError(f"seq must be at most {longest} for {source.name}, got {self.seq}")
+        self.source, self.attention, self.checkpointing = source, attention, checkpointing
+        self.name = source.name
+        self.tokenizer = source.tokenizer()
+        if self.tokenizer is None:
+            if data is not None:
+                raise InputError(f"{source.name} has no tokenizer, so it cannot read {data!r}; leave --data out")
+            self.text, self.data = None, "random tokens"
+        else:
+            self.text = text.load(data or DEFAULT_DATA[source.kind], hub=hub)
+            self.data = self.text.name
+        self.num_labels = self.text.num_labels if self.text else 2
+
+    def build(self):
+        """The checkpoint's weights, or new ones under the seed."""
+        model = self.source.build(self.num_labels, self.dtype, self.attention, self.seed).to(self.device)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def skeleton(self):
+        """Shapes alone."""
+        with torch.device("meta"):
+            return self.source.without_weights().build(self.num_labels, self.dtype, self.attention, self.seed)
+
+    def batches(self):
+        """Keyword arguments of the model, labels among them."""
+        if self.text is None:
+            return self._random_batches()
+        return self._padded_batches() if self.source.kind == "encoder" else self._packed_batches()
+
+    def _random_batches(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        # The tokens below are special ones in most vocabularies; a padding token would be taken for padding.
+        low = min(1000, self.source.config.vocab_size // 2)
+        while True:
+            size = (self.batch, self.seq)
+            tokens = torch.randint(low, self.source.config.vocab_size, size, generator=generator)
+            if self.source.kind == "encoder":
+                labels = torch.randint(self.num_labels, (self.batch,), generator=generator)
+            else:
+                labels = tokens
+            yield self._placed({"input_ids": tokens, "labels": labels})
+
+    def _examples(self) -> Iterator[text.Example]:
+        """The training split over and over, in a new order each time."""
+        order = random.Random(self.seed)
+        examples = list(self.text.train)
+        while True:
+            order.shuffle(examples)
+            yield from examples
+
+    def _padded_batches(self) -> Iterator[dict[str, Tensor]]:
+        examples = self._examples()
+        label_dtype = self.dtype if self.num_labels == 1 else torch.long
+        while True:
+            chosen = [next(examples) for _ in range(self.batch)]
+            pairs = [e.pair for e in chosen]
+            tokens = self.tokenizer(
+                [e.text for e in chosen],
+                pairs if all(pair is not None for pair in pairs) else None,
+                padding="max_length",
+                truncation=True,
+                max_length=self.seq,
+                return_tensors="pt",
+            )
+            yield self._placed({**tokens, "labels": torch.tensor([e.label for e in chosen], dtype=label_dtype)})
+
+    def _packed_batches(self) -> Iterator[dict[str, Tensor]]:
+        examples = self._examples()
+        stream: list[int] = []
+        need = self.batch * self.seq
+        while True:
+            while len(stream) < need:
+                stream += [*self.tokenizer(next(examples).text)["input_ids"], self.tokenizer.eos_token_id]
+            tokens = torch.tensor(stream[:need]).view(self.batch, self.seq)
+            del stream[:need]
+            yield self._placed({"input_ids": tokens, "labels": tokens})
+
+    def _placed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def forward(self, model, batch):
+        """Outputs, loss included."""
+        return Pass(model(**batch))
+
+    def backward(self, result):
+        """From the loss."""
+        loss = result.held.loss
+        loss.backward()
+        return float(loss.detach())
+
+    def padding_fraction(self, batch):
+        """Where the attention mask is zero."""
+        mask = batch.get("attention_mask")
+        return 0.0 if mask is None else 1.0 - mask.double().mean().item()

@@ -1,0 +1,62 @@
+"""Colours of the report: one per method, one per category of the memory breakdown, and the two themes.
+
+Colours of a set stay apart under simulated protanopia, deuteranopia and tritanopia; some are pale on white or dark on
+black, so whoever fills with them draws an outline too. A colour never stands alone: a name is printed beside it.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import zlib
+from dataclasses import dataclass
+from types import MappingProxyType
+
+METHOD_COLOURS = MappingProxyType(
+    {
+        "full": "#666666",
+        "head": "#bbbbbb",
+        "lora": "#56b4e9",
+        "meprop-example": "#ddcc77",
+        "meprop-unified": "#e69f00",
+        "meprop-weight": "#d55e00",
+        "random-mask": "#117733",
+        "sparsegrad": "#7f3c8d",
+    }
+)
+
+CATEGORY_COLOURS = MappingProxyType(
+    {
+        "parameter_bytes": "#8c8c8c",
+        "basis_bytes": "#7f3c8d",
+        "optimizer_bytes": "#e69f00",
+        "gradient_bytes": "#994f00",
+        "activation_bytes": "#56b4e9",
+        "temporary_bytes": "#ddcc77",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The neutral colours of a page and of the figures on it."""
+
+    name: str
+    background: str
+    surface: str
+    foreground: str
+    muted: str
+    line: str
+    accent: str
+
+
+LIGHT = Theme("light", "#ffffff", "#f4f5f7", "#1b1f24", "#57606a", "#d0d7de", "#0b5cad")
+DARK = Theme("dark", "#14181c", "#1e242a", "#e6e9ec", "#a0a9b2", "#3a424a", "#7cb8f2")
+
+
+def method_colour(method: str) -> str:
+    """The colour of a method, ``#rrggbb``; a name without one of its own gets a hue from its checksum."""
+    if method in METHOD_COLOURS:
+        return METHOD_COLOURS[method]
+    # crc32, not hash(): a name must have the same colour in every process.
+    hue = zlib.crc32(method.encode("utf-8", "replace")) % 360 / 360
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, 0.5, 0.45))

@@ -1,0 +1,187 @@
+"""Convert a model, save it and load it again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, is_transposed, replace_layers, weight_shape
+from sparsegrad.basis import TransitionMatrices
+from sparsegrad.errors import SparseGradError
+from sparsegrad.linear import PRODUCTS, SparseGradLinear
+from sparsegrad.mlp import check_same_shapes
+from sparsegrad.support import resolve_nnz
+
+FORMAT = "sparsegrad-1"
+
+
+def convert(
+    model: nn.Module,
+    layers: Mapping[str, Sequence[str]],
+    bases: Mapping[str, TransitionMatrices],
+    *,
+    nnz: int | None = None,
+    density: float | None = None,
+    product: str = "sparse-by-dense",
+) -> nn.Module:
+    """Replace the named linear layers by `SparseGradLinear`, in place; returns the model.
+
+    Args:
+        model: the model, unconverted.
+        layers: kind -> layer names, from `find_layers`.
+        bases: kind -> transition matrices, from `calibrate`.
+        nnz: entries kept per layer and step; or
+        density: their share of each layer's weight, in (0, 1].
+        product: see `SparseGradLinear`.
+
+    Raises:
+        SparseGradError: before anything is changed, for whatever does not fit.
+    """
+    check_unconverted(model)
+    shapes = check_same_shapes(model, layers)
+    if product not in PRODUCTS:
+        raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
+    for kind, shape in shapes.items():
+        if kind not in bases:
+            raise SparseGradError(
+                f"no transition matrices are given for kind {kind!r}; there are some for: {', '.join(bases)}"
+            )
+        bases[kind].check_fits(*shape)
+        resolve_nnz(shape, nnz=nnz, density=density)
+    for kind, names in layers.items():
+        basis = bases[kind]
+        replace_layers(
+            model,
+            names,
+            lambda layer, basis=basis: SparseGradLinear.in_basis(
+                layer, basis, nnz=nnz, density=density, product=product
+            ),
+        )
+    return model
+
+
+def save(model: nn.Module, path: str | os.PathLike, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Write a converted model to one safetensors file: U, V, W~ and every other parameter and buffer, each once.
+
+    With `optimizers`, their state goes along, so that training continues with the very step that would have come next.
+    """
+    sparse = {name: layer for name, layer in adapted_layers(model) if isinstance(layer, SparseGradLinear)}
+    if not sparse:
+        raise SparseGradError(f"{type(model).__name__} holds no SparseGrad layer to save; convert it first")
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        first = seen.setdefault(key, name)
+        if first == name:
+            tensors[f"model.{name}"] = tensor.contiguous()
+        else:
+            aliases[name] = first
+    groups = []
+    for i, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        groups.append(state["param_groups"])
+        for index, entries in state["state"].items():
+            for entry, value in entries.items():
+                tensors[f"optimizer.{i}.{index}.{entry}"] = torch.as_tensor(value).contiguous()
+    description = {
+        "layers": {
+            name: {
+                "nnz": layer.nnz,
+                "product": layer.product,
+                "basis": aliases.get(f"{name}.basis.U", f"{name}.basis.U"),
+            }
+            for name, layer in sparse.items()
+        },
+        "aliases": aliases,
+        "optimizers": groups,
+    }
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "description": json.dumps(description)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Convert an unconverted model of the same architecture to what `save` wrote, in place; returns it.
+
+    Raises:
+        SparseGradError: the file is not one of `save`'s, or does not fit the model; the model is as it was.
+    """
+    check_unconverted(model)
+    description, tensors = _read(path, "model.")
+    layers = description["layers"]
+    modules = dict(model.named_modules())
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in layers:
+        if name not in modules or not is_linear(modules[name]):
+            raise SparseGradError(f"{path} holds a SparseGrad layer {name!r}, which is no linear layer of this model")
+        expected[f"{name}.weight"] = weight_shape(modules[name])
+        for matrix, size in (("U", expected[f"{name}.weight"][1]), ("V", expected[f"{name}.weight"][0])):
+            expected[f"{name}.basis.{matrix}"] = (size, size)
+    stored = {**tensors, **{alias: tensors.get(first) for alias, first in description["aliases"].items()}}
+    for name in sorted(expected.keys() | stored.keys()):
+        found = tuple(stored[name].shape) if stored.get(name) is not None else None
+        if found != expected.get(name):
+            raise SparseGradError(
+                f"{path} does not fit this model: {name!r} is {found or 'missing'} in the file "
+                f"and {expected.get(name) or 'missing'} in the model"
+            )
+
+    bases: dict[str, TransitionMatrices] = {}
+
+    def build(name: str, layer: nn.Module) -> SparseGradLinear:
+        facts = layers[name]
+        basis = bases.setdefault(
+            facts["basis"],
+            TransitionMatrices(*(stored[f"{name}.basis.{m}"].to(layer.weight.device) for m in "UV")),
+        )
+        weight = stored[f"{name}.weight"].to(layer.weight.device)
+        return SparseGradLinear(weight, layer.bias, basis, facts["nnz"], facts["product"], is_transposed(layer))
+
+    for name in layers:
+        replace_layers(model, [name], lambda layer, name=name: build(name, layer))
+    model.load_state_dict(stored)
+    return model
+
+
+def load_optimizers(optimizers: Sequence[Optimizer], path: str | os.PathLike) -> None:
+    """Give optimizers, built over a loaded model as the saved ones were over theirs, the state that `save` wrote."""
+    description, tensors = _read(path, "optimizer.")
+    groups = description["optimizers"]
+    if len(groups) != len(optimizers):
+        raise SparseGradError(f"{path} holds the state of {len(groups)} optimizers, got {len(optimizers)} to fill")
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            which, index, entry = key.split(".", 2)
+            if int(which) == i:
+                state.setdefault(int(index), {})[entry] = value
+        try:
+            optimizer.load_state_dict({"state": state, "param_groups": groups[i]})
+        except ValueError as error:
+            raise SparseGradError(f"{path} does not fit optimizer {i}: {error}") from None
+
+
+def _read(path: str | os.PathLike, prefix: str) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise SparseGradError(f"{path} was not written by sparsegrad.save (format {metadata.get('format')!r})")
+            tensors = {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+    except (OSError, SafetensorError) as error:
+        raise SparseGradError(f"cannot read {path}: {error}") from None
+    return json.loads(metadata["description"]), tensors

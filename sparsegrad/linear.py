@@ -1,0 +1,172 @@
+"""SparseGradLinear and its autograd function: the signal propagation of the paper's Table 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparsegrad.adapted import AdaptedLinear, is_linear, is_transposed, source_weight, weight_shape
+from sparsegrad.basis import TransitionMatrices
+from sparsegrad.errors import SparseGradError
+from sparsegrad.products import (
+    RowBlock,
+    dense_product,
+    sparse_by_dense,
+    transposed_dense_product,
+    transposed_sparse_by_dense,
+)
+from sparsegrad.support import resolve_nnz, topk_coo
+
+
+class Product(NamedTuple):
+    """How the two products of the backward pass are made."""
+
+    input_gradient: Callable[[Tensor, Tensor], Tensor]
+    weight_gradient: Callable[[Tensor, Tensor], RowBlock]
+
+
+PRODUCTS = {
+    "sparse-by-dense": Product(sparse_by_dense, transposed_sparse_by_dense),
+    "dense": Product(dense_product, transposed_dense_product),
+}
+
+
+class SparseGradFunction(torch.autograd.Function):
+    """`Y = X U^T W~^T V + b`; its weight gradient is the top-k of `(dL/dY V^T)^T (X U^T)` as a COO tensor."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, U, V, nnz, product):
+        """x (T, D_in), weight W~ (D_out, D_in), U (D_in, D_in), V (D_out, D_out) -> (T, D_out)."""
+        x_basis = x @ U.T
+        y_basis = x_basis @ weight.T
+        ctx.save_for_backward(x_basis, weight, U, V)
+        ctx.nnz, ctx.product = nnz, product
+        return y_basis @ V if bias is None else torch.addmm(bias, y_basis, V)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        """dL/dY (T, D_out) -> dL/dX (T, D_in), dL/dW~ (COO), dL/db (D_out,)."""
+        x_basis, weight, U, V = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx = dweight = dbias = None
+        if need_bias:
+            dbias = dy.sum(0)
+        if need_x or need_weight:
+            dy_basis = dy @ V.T
+        # The weight first: its dense gradient, the largest temporary here, is gone before dL/dX exists.
+        if need_weight:
+            dweight = topk_gradient(dy_basis, x_basis, ctx.nnz, ctx.product)
+        if need_x:
+            dx_basis = ctx.product.input_gradient(dy_basis, weight)
+            del dy_basis
+            dx = ctx.product.input_gradient(dx_basis, U)
+        return dx, dweight, dbias, None, None, None, None
+
+
+def topk_gradient(dy: Tensor, x: Tensor, nnz: int, product: Product) -> Tensor:
+    """The `nnz` largest entries of `dy.T @ x` as a coalesced COO tensor, for `dy` (T, D_out) and `x` (T, D_in)."""
+    block = product.weight_gradient(dy, x)
+    if block.block.numel() < nnz:
+        # Fewer entries than are to be kept can be non-zero: take the rest from the zeros, as the dense twin does.
+        block = transposed_dense_product(dy, x)
+    return topk_coo(block, nnz, (dy.shape[1], x.shape[1]))
+
+
+class SparseGradLinear(AdaptedLinear):
+    """A linear layer whose weight lives, and is trained sparsely, in the basis of its gradients.
+
+    With `W~ = V W U^T` it computes `Y = X U^T W~^T V + b`, the values of `Y = X W^T + b` as long as U and V are
+    orthogonal. In backward, `dL/dW~ = (dL/dY V^T)^T (X U^T)` keeps its `nnz` entries of largest magnitude, and
+    `weight.grad` is a coalesced COO tensor of them; `bias.grad` is the ordinary `sum_t dL/dY`.
+    Source: SparseGrad (EMNLP 2024), Table 2, equations 1 and 2.
+
+    Args:
+        weight: W~ (D_out, D_in).
+        bias: (D_out,) or None.
+        basis: U (D_in, D_in) and V (D_out, D_out), shared by the layers of a kind.
+        nnz: entries kept per step.
+        product: `sparse-by-dense` skips the zero stripes of `dL/dY~`; `dense` is its twin for comparison.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        basis: TransitionMatrices,
+        nnz: int,
+        product: str = "sparse-by-dense",
+        transposed: bool = False,
+    ):
+        super().__init__(weight.shape[1], weight.shape[0], transposed)
+        if product not in PRODUCTS:
+            raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
+        basis.check_fits(self.out_features, self.in_features)
+        self.nnz = resolve_nnz(tuple(weight.shape), nnz=nnz)
+        self.product = product
+        self.basis = basis
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        U: Tensor,
+        V: Tensor,
+        *,
+        nnz: int | None = None,
+        density: float | None = None,
+        product: str = "sparse-by-dense",
+    ) -> SparseGradLinear:
+        """The layer that computes what `linear` (nn.Linear or Conv1D) does, in the basis of U and V.
+
+        Give `nnz` (entries kept per step) or `density` (their share, in (0, 1]). The bias parameter is shared with
+        `linear`, the weight is not. Raises `SparseGradError` for shapes or budgets that do not fit.
+        """
+        return cls.in_basis(linear, TransitionMatrices(U, V), nnz=nnz, density=density, product=product)
+
+    @classmethod
+    @torch.no_grad()
+    def in_basis(
+        cls,
+        linear: nn.Module,
+        basis: TransitionMatrices,
+        *,
+        nnz: int | None = None,
+        density: float | None = None,
+        product: str = "sparse-by-dense",
+    ) -> SparseGradLinear:
+        """`from_linear` with a basis that other layers share."""
+        if not is_linear(linear):
+            raise SparseGradError(f"only a plain linear layer can be converted, got a {type(linear).__name__}")
+        basis.check_fits(*weight_shape(linear))
+        nnz = resolve_nnz(weight_shape(linear), nnz=nnz, density=density)
+        rotated = rotate(source_weight(linear), basis.V, basis.U.T)
+        return cls(rotated, linear.bias, basis, nnz, product, is_transposed(linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out)."""
+        rows = x.reshape(-1, self.in_features)
+        y = SparseGradFunction.apply(
+            rows, self.weight, self.bias, self.basis.U, self.basis.V, self.nnz, PRODUCTS[self.product]
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """`W = V^T W~ U` (D_out, D_in)."""
+        return rotate(self.weight, self.basis.V.T, self.basis.U)
+
+    def extra_repr(self) -> str:
+        """Shape, bias and budget."""
+        return f"{super().extra_repr()}, nnz={self.nnz}, product={self.product!r}"
+
+
+def rotate(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`left @ weight @ right`, made in float64 and rounded once: a float32 model keeps its outputs to 1e-6."""
+    return (left.double() @ weight.double() @ right.double()).to(weight.dtype)

@@ -1,0 +1,106 @@
+"""The sparse-by-dense product (SparseGrad, equations 1 and 2) and its dense twin.
+
+A matrix that is sparse in stripes has rows and columns that are zero throughout. `dL/dY~` is one in practice: the
+row of a padding token is zero, and so are all rows but one where only the first token reaches the loss.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Stripes(NamedTuple):
+    """Indices of the rows and columns that hold a non-zero; None where every one does."""
+
+    rows: Tensor | None
+    cols: Tensor | None
+
+
+def nonzero_stripes(a: Tensor) -> Stripes:
+    """Rows and columns of `a` (M, N) that hold a non-zero (or a NaN)."""
+    return Stripes(_nonzero_lines(a, dim=1), _nonzero_lines(a, dim=0))
+
+
+def _nonzero_lines(a: Tensor, dim: int) -> Tensor | None:
+    # The largest magnitude of each line: a reduction without a temporary of the size of `a`, as `a != 0` has.
+    magnitude = torch.linalg.vector_norm(a, float("inf"), dim=dim)
+    lines = magnitude.nonzero().squeeze(1)
+    return None if lines.numel() == magnitude.numel() else lines
+
+
+def dense_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, the twin that pays for every zero: (M, N) x (N, P) -> (M, P)."""
+    return a @ b
+
+
+def sparse_by_dense(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` at the cost of the non-zero stripes of `a` alone: (M, N) x (N, P) -> (M, P).
+
+    Equation 1: `C[rows] = A[rows][:, cols] B[cols]`, every other row of C is zero. Without a zero stripe it is the
+    dense product, with no copy made.
+    """
+    rows, cols = nonzero_stripes(a)
+    if cols is not None:
+        b = b[cols]
+    block = _take(a, rows, cols) @ b
+    if rows is None:
+        return block
+    return a.new_zeros(a.shape[0], b.shape[1]).index_copy_(0, rows, block)
+
+
+class RowBlock(NamedTuple):
+    """Rows of a matrix whose other rows are zero: `block` (m, P) holds the rows `rows` (None: all of them)."""
+
+    block: Tensor
+    rows: Tensor | None
+
+
+def transposed_dense_product(a: Tensor, b: Tensor) -> RowBlock:
+    """`a.T @ b` in full: (T, M), (T, P) -> all M rows of (M, P)."""
+    return RowBlock(a.T @ b, None)
+
+
+def transposed_sparse_by_dense(a: Tensor, b: Tensor) -> RowBlock:
+    """The non-zero rows of `a.T @ b`, for `a` (T, M) and `b` (T, P).
+
+    Equation 2, the weight gradient: with `A = (dL/dY~)^T` only the tokens and the outputs that hold a non-zero enter,
+    and the block keeps the indices of its rows so that its entries can be mapped back into a COO tensor.
+    """
+    tokens, outputs = nonzero_stripes(a)
+    block = _take(a, tokens, outputs).T @ (b if tokens is None else b[tokens])
+    return RowBlock(block, outputs)
+
+
+def _take(a: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    if rows is not None:
+        a = a[rows]
+    return a if cols is None else a[:, cols]
+
+
+class Selection:
+    """Fixed entries (rows, cols) of an (M, P) matrix, cut into row blocks so that a product can be made block by block.
+
+    Args:
+        flat: sorted flat indices `row * P + col`, (k,).
+        shape: (M, P).
+        block_rows: rows per block; what `select` holds at once is one block of (block_rows, P).
+    """
+
+    def __init__(self, flat: Tensor, shape: tuple[int, int], block_rows: int):
+        self.width = block_rows
+        edges = torch.arange(0, shape[0] + block_rows, block_rows, device=flat.device) * shape[1]
+        bounds = torch.searchsorted(flat.long(), edges).tolist()
+        self.blocks = [(i, low, high) for i, (low, high) in enumerate(pairwise(bounds)) if low < high]
+
+    def select(self, a: Tensor, b: Tensor, flat: Tensor) -> Tensor:
+        """The entries of `a.T @ b` at `flat`, for `a` (T, M) and `b` (T, P), without the whole product: (k,)."""
+        out = a.new_empty(flat.numel())
+        for i, low, high in self.blocks:
+            first = i * self.width
+            block = a[:, first : first + self.width].T @ b
+            torch.take(block, flat[low:high] - first * b.shape[1], out=out[low:high])
+        return out
