@@ -12,6 +12,7 @@ class Full(Method):
 
     def prepare(self, model, batches):
         """Let everything train."""
+        self.check_model(model)
         model.requires_grad_(True)
 
     def formula(self, shape, tokens, dtype):
@@ -27,6 +28,7 @@ class Head(Method):
 
     def prepare(self, model, batches):
         """Freeze everything but the head. A lone layer or block has no head: nothing trains."""
+        self.check_model(model)
         head = {id(p) for name, p in model.named_parameters() if TASK_HEAD.search(name)}
         if not head and hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
             head = {id(p) for p in model.get_output_embeddings().parameters()}

@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 from baselines.method import Knob, LayerBytes, Method, size
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
 
+# A is drawn as nn.Linear draws its weight: from the seed that initialised a model it would be that weight's own rows.
+SEED_OFFSET = 1_000_003
+
 
 class LoRAFunction(torch.autograd.Function):
     """The layer in one function, so that no (T, D) temporary exists besides Y, dL/dY and dL/dX."""
@@ -101,11 +104,11 @@ class LoRA(Method):
 
     def prepare(self, model, batches):
         """Wrap the target layers and set what trains. New weights come from the setting's seed."""
-        self.check_budget_fits(model)
+        self.check_model(model)
         dtype = torch.float32 if self.setting.adapter_dtype == "float32" else None
         alpha = self.alpha_over_rank * self.budget
         with torch.random.fork_rng():
-            torch.manual_seed(self.setting.seed)
+            torch.manual_seed(self.setting.seed + SEED_OFFSET)
             replace_layers(model, self.target_names(), lambda layer: LoRALinear(layer, self.budget, alpha, dtype))
         layers = [layer for _, layer in adapted_layers(model)]
         own = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]

@@ -148,7 +148,7 @@ class _MeProp(Method):
 
     def prepare(self, model, batches):
         """Replace the target layers and set what trains."""
-        self.check_budget_fits(model)
+        self.check_model(model)
         replace_layers(
             model,
             self.target_names(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,16 +18,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from sparsegrad import SparseAdam, merge
-from sparsegrad.adapted import adapted_layers, weight_shape
+from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, weight_shape
 from sparsegrad.basis import default_backward
+from sparsegrad.errors import SparseGradError
 from sparsegrad.support import resolve_nnz
 
 Shape = tuple[int, int]
 Budget = int | float | str | None
 
 # Names of the modules that a task adds to a pretrained model: they train in every method and regime.
-TASK_HEAD = re.compile(r"(^|\.)(classifier|score)\.")
+TASK_HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs)\.")
 
+TRAIN_REST = ("all", "none")
+ADAPTER_DTYPES = ("same", "float32")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 
 
@@ -36,7 +40,7 @@ class MethodError(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the harness decides for every method alike."""
+    """What the harness decides for every method alike. Raises `MethodError` for a word that it does not know."""
 
     layers: Mapping[str, Sequence[str]]  # kind -> names of the target layers
     train_rest: str = "all"  # all: everything outside the target weights trains; none: the method's own and the head
@@ -45,6 +49,12 @@ class Setting:
     calibration_steps: int = 30
     seed: int = 0
     backward: Callable[[nn.Module, object], None] = field(default=default_backward)
+
+    def __post_init__(self):
+        words = {"train_rest": TRAIN_REST, "adapter_dtype": ADAPTER_DTYPES, "optimizer_impl": OPTIMIZER_IMPLS}
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise MethodError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -196,10 +206,18 @@ class Method(ABC):
         """Names of all target layers, kind by kind."""
         return [name for names in self.setting.layers.values() for name in names]
 
-    def check_budget_fits(self, model: nn.Module) -> None:
-        """Raise `MethodError` where an integer budget is more than a target layer can take."""
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `MethodError`, with nothing changed yet, for a model adapted already or too small for the budget."""
+        try:
+            check_unconverted(model)
+        except SparseGradError as error:
+            raise MethodError(f"{self.name} cannot be applied: {error}") from None
+        self.check_budget_fits(target_shapes(model, self.setting.layers))
+
+    def check_budget_fits(self, shapes: Sequence[Shape]) -> None:
+        """Raise `MethodError` where an integer budget is more than the target weights can take."""
         if isinstance(self.budget, int):
-            largest = self.largest_budget(target_shapes(model, self.setting.layers))
+            largest = self.largest_budget(shapes)
             if self.budget > largest:
                 raise MethodError(
                     f"the budget of {self.name} ({self.knob.name}) must be at most {largest} for these layers, "
@@ -229,14 +247,23 @@ class EntryMethod(Method):
 
 
 def target_shapes(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> list[Shape]:
-    """(D_out, D_in) of every target layer of an unconverted model."""
-    return [weight_shape(model.get_submodule(name)) for names in layers.values() for name in names]
+    """(D_out, D_in) of every target layer of an unconverted model.
+
+    Raises `MethodError` for a target that is no plain linear layer, or that belongs to two kinds.
+    """
+    names = [name for of_kind in layers.values() for name in of_kind]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise MethodError(f"target {name!r} is named {count} times; each layer belongs to one kind")
+        if not is_linear(model.get_submodule(name)):
+            raise MethodError(
+                f"target {name!r} is a {type(model.get_submodule(name)).__name__}, not a plain linear layer"
+            )
+    return [weight_shape(model.get_submodule(name)) for name in names]
 
 
 def adamw(parameters: Sequence[nn.Parameter], lr: float, impl: str) -> torch.optim.AdamW:
-    """AdamW in the named implementation; weight decay 0, the default of transformers' Trainer."""
-    if impl not in OPTIMIZER_IMPLS:
-        raise MethodError(f"optimizer_impl must be one of {', '.join(OPTIMIZER_IMPLS)}, got {impl!r}")
+    """AdamW in the named one of `OPTIMIZER_IMPLS`; weight decay 0, the default of transformers' Trainer."""
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, foreach=impl == "foreach", fused=impl == "fused")
 
 

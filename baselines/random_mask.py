@@ -10,7 +10,7 @@ from baselines.method import EntryMethod, LayerBytes, size
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
 from sparsegrad.products import Selection
 
-# Rows of the weight gradient that exist at once; the block is at most an eighth of the whole product.
+# The rows of the weight gradient that exist at once are an eighth of them, rounded up.
 BLOCK_FRACTION = 8
 
 
@@ -86,7 +86,7 @@ class RandomMask(EntryMethod):
 
     def prepare(self, model, batches):
         """Draw the supports from the setting's seed, replace the target layers, set what trains."""
-        self.check_budget_fits(model)
+        self.check_model(model)
         generator = torch.Generator().manual_seed(self.setting.seed)
 
         def build(layer: nn.Module) -> MaskedLinear:

@@ -16,7 +16,7 @@ class SparseGrad(EntryMethod):
 
     def prepare(self, model, batches):
         """Calibrate on `calibration_steps` batches, convert the target layers, set what trains."""
-        self.check_budget_fits(model)
+        self.check_model(model)
         steps = islice(batches, self.setting.calibration_steps)
         bases = calibrate(model, self.setting.layers, steps, self.setting.backward)
         density = self.budget if isinstance(self.budget, float) else None

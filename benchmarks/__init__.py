@@ -1,0 +1,1 @@
+"""The harness, the benchmarks that use it, and the command line."""

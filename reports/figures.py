@@ -75,7 +75,7 @@ def breakdown(workload: str, panels: Panels, layout: Layout = WIDE, theme: Theme
     records = [record for group in panels.values() for record in group]
     row = 2 * layout.line + 8
     sheet = _Sheet(f"{BREAKDOWN_TITLE}: {workload}", _breakdown_legend(records, theme), layout, theme)
-    axes = sheet.add_panels({regime: max(1, len(group)) * row for regime, group in panels.items()}, left=30)
+    axes = sheet.add_panels({regime: len(group) * row for regime, group in panels.items()}, left=30)
     limit = max((_extent(record) for record in records), default=0) / tables.MIB
     for regime, group in panels.items():
         ax = axes[regime]
@@ -94,7 +94,7 @@ def breakdown_alt(workload: str, panels: Panels) -> str:
     """What `breakdown` shows, in words."""
     parts = [f"{BREAKDOWN_TITLE}, {workload}: stacked horizontal bars, MiB."]
     for regime, group in drawn(panels).items():
-        entries = (f"{record.label} {_total_text(record)}" for record in group)
+        entries = (f"{record.label} {_total_text(record)}{_parts_text(record)}" for record in group)
         parts.append(f"train_rest {regime}: {'; '.join(entries)}.")
     return " ".join(parts)
 
@@ -106,7 +106,7 @@ def counts(workload: str, panels: Panels, layout: Layout = WIDE, theme: Theme = 
     lane = layout.line - 3
     row = layout.line + len(COUNTS) * lane + 10
     sheet = _Sheet(f"{COUNTS_TITLE}: {workload}", _counts_legend(records, theme), layout, theme)
-    axes = sheet.add_panels({regime: max(1, len(group)) * row for regime, group in panels.items()}, left=92)
+    axes = sheet.add_panels({regime: len(group) * row for regime, group in panels.items()}, left=92)
     low, high = _decades([getattr(record, name) for record in records for name in COUNTS])
     for regime, group in panels.items():
         ax = axes[regime]
@@ -115,7 +115,7 @@ def counts(workload: str, panels: Panels, layout: Layout = WIDE, theme: Theme = 
         ax.xaxis.set_major_locator(LogLocator(numticks=6))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("parameters (entries), log scale")
-        ax.set_ylabel("method [budget] and count")
+        ax.set_ylabel("method [budget]")
         ax.yaxis.set_major_locator(NullLocator())
         ax.yaxis.set_label_coords(-64 / _width(ax, layout), 0.5)
         for position, record in enumerate(group):
@@ -150,7 +150,7 @@ class _Sheet:
     def __init__(self, title: str, legend: list[Patch | Line2D], layout: Layout, theme: Theme):
         self.layout, self.theme, self.legend = layout, theme, legend
         text = _printable(title)
-        self.title = textwrap.wrap(text, layout.fits(0.85 * (layout.width - 2 * self.pad)), max_lines=4) or [""]
+        self.title = textwrap.wrap(text, layout.fits(0.72 * (layout.width - 2 * self.pad)), max_lines=4) or [""]
         self.legend_columns = min(len(legend), max(2, layout.width // 165))
         self.legend_rows = math.ceil(len(legend) / self.legend_columns)
         self.figure = Figure(facecolor=theme.background)
@@ -160,6 +160,7 @@ class _Sheet:
         font, line, width = self.layout.font, self.layout.line, self.layout.width
         above, below = 1.8 * line, 3.2 * line
         columns = min(self.layout.columns, len(heights)) or 1
+        heights = {regime: max(height, 7 * line) for regime, height in heights.items()}  # room for the y label
         regimes = list(heights)
         rows = [regimes[start : start + columns] for start in range(0, len(regimes), columns)]
         head = self.pad + len(self.title) * line * 1.2 + self.legend_rows * line * 1.15
@@ -236,7 +237,7 @@ class _Sheet:
         canvas.draw()
         # Flat colours need no more than a palette, and a page embeds many images: this makes them a third as large.
         image = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
-        palette = image.quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        palette = image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         stream = io.BytesIO()
         palette.save(stream, format="PNG", optimize=True)
         return stream.getvalue()
@@ -280,6 +281,11 @@ def _total_text(record: Record) -> str:
         return f"{NOT_OBTAINED}{_failure(record)}"
     notes = _source_text(record)
     return f"{tables.mib(record.peak_step_bytes)} MiB{f', {notes}' if notes else ''}"
+
+
+def _parts_text(record: Record) -> str:
+    parts = ", ".join(f"{_category_name(name)} {tables.mib(size)}" for name, size in _segments(record))
+    return f" ({parts})" if parts else ""
 
 
 def _counts_text(record: Record) -> str:

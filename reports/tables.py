@@ -150,9 +150,9 @@ def by_workload(records: Iterable[Record]) -> dict[Workload, dict[str, list[Reco
 
 def shared_circumstances(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Field and value of every circumstance that all `records` have in common and that is known."""
-    first = records[0]
-    names = [name for name in CIRCUMSTANCES if name not in differing_circumstances(records)]
-    return [(name, plain(getattr(first, name))) for name in names if getattr(first, name) is not None]
+    differing = differing_circumstances(records)
+    shared = ((name, getattr(records[0], name)) for name in CIRCUMSTANCES if name not in differing)
+    return [(name, plain(value)) for name, value in shared if value is not None]
 
 
 def differing_circumstances(records: Sequence[Record]) -> list[str]:
@@ -272,28 +272,30 @@ def results_table(records: Sequence[Record]) -> Table:
     )
     columns = (*described, *_LIVE, *cuda, *_TIME, *(column for _, column in ratios), *_COUNTS)
 
+    references = _references(records)
     used: dict[str, None] = {}
     rows = []
     for record in records:
         cells = [_text_cell(record, column) for column in described]
         cells += [_value_cell(record, column.field) for column in (*_LIVE, *cuda, *_TIME)]
         for method, column in ratios:
-            reference = find_reference(records, record, method)
-            if reference is not None:
+            reference = references.get((method, _conditions(record)))
+            cell = _ratio_cell(record, reference, column.field)
+            if reference is not None and not cell.missing:
                 used.setdefault(reference.label)
-            cells.append(_ratio_cell(record, reference, column.field))
+            cells.append(cell)
         cells += [_value_cell(record, column.field) for column in _COUNTS]
         rows.append(Row(record, tuple(cells)))
     return Table(columns, tuple(rows), tuple(used))
 
 
-def find_reference(records: Iterable[Record], record: Record, method: str) -> Record | None:
-    """The first record of `method` that ended ok under the same `CONDITIONS` as `record`; None where there is none."""
-    conditions = _conditions(record)
-    for candidate in records:
-        if candidate.method == method and candidate.status == "ok" and _conditions(candidate) == conditions:
-            return candidate
-    return None
+def _references(records: Iterable[Record]) -> dict[tuple[str, tuple[object, ...]], Record]:
+    """For each method and `CONDITIONS` the first record that ended ok: what ratios under these conditions divide by."""
+    references: dict[tuple[str, tuple[object, ...]], Record] = {}
+    for record in records:
+        if record.status == "ok":
+            references.setdefault((record.method, _conditions(record)), record)
+    return references
 
 
 def _conditions(record: Record) -> tuple[object, ...]:

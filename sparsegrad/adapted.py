@@ -101,9 +101,13 @@ def replace_layers(model: nn.Module, names: Iterable[str], build: Callable[[nn.M
 def merge(model: nn.Module) -> nn.Module:
     """Put a plain linear layer in place of every replaced one, in place; returns the model.
 
+    A model that is itself one replaced layer has no place to put it in: its plain layer is returned.
+
     Raises:
         SparseGradError: the model has no replaced layer.
     """
+    if isinstance(model, AdaptedLinear):
+        return model.to_linear()
     names = [name for name, _ in adapted_layers(model)]
     if not names:
         raise SparseGradError(f"{type(model).__name__} holds no converted layer to merge")

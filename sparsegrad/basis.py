@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsegrad.adapted import is_transposed
 from sparsegrad.errors import SparseGradError
-from sparsegrad.mlp import check_same_shapes
+from sparsegrad.mlp import checked_shapes
 
 
 class TransitionMatrices(nn.Module):
@@ -35,13 +35,19 @@ class TransitionMatrices(nn.Module):
         self.register_buffer("U", U.detach())
         self.register_buffer("V", V.detach())
 
-    def check_fits(self, d_out: int, d_in: int) -> None:
-        """Raise `SparseGradError` unless the matrices belong to a weight of (d_out, d_in)."""
+    def check_fits(self, d_out: int, d_in: int, weight: Tensor) -> None:
+        """Raise `SparseGradError` unless the matrices belong to (d_out, d_in) and share `weight`'s dtype and device."""
         if self.U.shape[0] != d_in or self.V.shape[0] != d_out:
             raise SparseGradError(
                 f"a weight of {d_out} x {d_in} (D_out x D_in) needs U of {d_in} x {d_in} and V of {d_out} x {d_out}, "
                 f"got U of {self.U.shape[0]} x {self.U.shape[1]} and V of {self.V.shape[0]} x {self.V.shape[1]}"
             )
+        for name, matrix in (("U", self.U), ("V", self.V)):
+            if (matrix.dtype, matrix.device) != (weight.dtype, weight.device):
+                raise SparseGradError(
+                    f"{name} is {matrix.dtype} on {matrix.device}, the weight {weight.dtype} on {weight.device}; "
+                    "move one of them with .to()"
+                )
 
 
 class StreamingHOSVD:
@@ -68,13 +74,15 @@ class StreamingHOSVD:
 
     def transition_matrices(self, dtype: torch.dtype) -> TransitionMatrices:
         """The bases in `dtype`. Raises `SparseGradError` where no gradient, or none but zeros, was seen."""
-        if self.count == 0 or not bool(self.gram_in.diagonal().sum() > 0):
+        energy = self.gram_in.diagonal().sum()
+        if not bool(torch.isfinite(energy)):
+            raise SparseGradError(f"the squares of the gradients overflow {self.dtype}; scale the loss down")
+        if self.count == 0 or not bool(energy > 0):
             raise SparseGradError(
                 f"{self.count} gradients were collected and all are zero: give at least one batch with a loss to reduce"
             )
-        return TransitionMatrices(
-            leading_directions(self.gram_in).to(dtype), leading_directions(self.gram_out).to(dtype)
-        )
+        bases = (leading_directions(gram) for gram in (self.gram_in, self.gram_out))
+        return TransitionMatrices(*(basis.to(dtype, memory_format=torch.contiguous_format) for basis in bases))
 
 
 def leading_directions(gram: Tensor) -> Tensor:
@@ -110,9 +118,10 @@ def calibrate(
         backward: runs forward and backward once.
 
     Raises:
-        SparseGradError: layers of a kind differ in shape, a gradient is not finite, or no gradient arrives.
+        SparseGradError: a name is no linear layer, layers of a kind differ in shape, a gradient is not finite, or no
+            gradient arrives.
     """
-    shapes = check_same_shapes(model, layers)
+    shapes = checked_shapes(model, layers)
     decomposition: dict[str, StreamingHOSVD] = {}
     for kind, names in layers.items():
         weight = model.get_submodule(names[0]).weight

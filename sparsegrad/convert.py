@@ -17,7 +17,7 @@ from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, is_
 from sparsegrad.basis import TransitionMatrices
 from sparsegrad.errors import SparseGradError
 from sparsegrad.linear import PRODUCTS, SparseGradLinear
-from sparsegrad.mlp import check_same_shapes
+from sparsegrad.mlp import checked_shapes
 from sparsegrad.support import resolve_nnz
 
 FORMAT = "sparsegrad-1"
@@ -46,7 +46,7 @@ def convert(
         SparseGradError: before anything is changed, for whatever does not fit.
     """
     check_unconverted(model)
-    shapes = check_same_shapes(model, layers)
+    shapes = checked_shapes(model, layers)
     if product not in PRODUCTS:
         raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
     for kind, shape in shapes.items():
@@ -54,7 +54,8 @@ def convert(
             raise SparseGradError(
                 f"no transition matrices are given for kind {kind!r}; there are some for: {', '.join(bases)}"
             )
-        bases[kind].check_fits(*shape)
+        for name in layers[kind]:
+            bases[kind].check_fits(*shape, model.get_submodule(name).weight)
         resolve_nnz(shape, nnz=nnz, density=density)
     for kind, names in layers.items():
         basis = bases[kind]
@@ -76,21 +77,14 @@ def save(model: nn.Module, path: str | os.PathLike, optimizers: Sequence[Optimiz
     sparse = {name: layer for name, layer in adapted_layers(model) if isinstance(layer, SparseGradLinear)}
     if not sparse:
         raise SparseGradError(f"{type(model).__name__} holds no SparseGrad layer to save; convert it first")
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple, str] = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        first = seen.setdefault(key, name)
-        if first == name:
-            tensors[f"model.{name}"] = tensor.contiguous()
-        else:
-            aliases[name] = first
+    state = model.state_dict()
+    aliases = _aliases(state)
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in state.items() if name not in aliases}
     groups = []
     for i, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        groups.append(state["param_groups"])
-        for index, entries in state["state"].items():
+        optimizer_state = optimizer.state_dict()
+        groups.append(optimizer_state["param_groups"])
+        for index, entries in optimizer_state["state"].items():
             for entry, value in entries.items():
                 tensors[f"optimizer.{i}.{index}.{entry}"] = torch.as_tensor(value).contiguous()
     description = {
@@ -117,6 +111,8 @@ def save(model: nn.Module, path: str | os.PathLike, optimizers: Sequence[Optimiz
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Convert an unconverted model of the same architecture to what `save` wrote, in place; returns it.
 
+    As `load_state_dict` does, it casts to the model's dtypes and device, and leaves `requires_grad` and the mode alone.
+
     Raises:
         SparseGradError: the file is not one of `save`'s, or does not fit the model; the model is as it was.
     """
@@ -124,7 +120,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     description, tensors = _read(path, "model.")
     layers = description["layers"]
     modules = dict(model.named_modules())
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     for name in layers:
         if name not in modules or not is_linear(modules[name]):
             raise SparseGradError(f"{path} holds a SparseGrad layer {name!r}, which is no linear layer of this model")
@@ -139,6 +136,10 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
                 f"{path} does not fit this model: {name!r} is {found or 'missing'} in the file "
                 f"and {expected.get(name) or 'missing'} in the model"
             )
+    tied, tied_here = {n: first for n, first in description["aliases"].items() if n in state}, _aliases(state)
+    if tied != tied_here:
+        name = min(tied.items() ^ tied_here.items())[0]
+        raise SparseGradError(f"{path} does not fit this model: {name!r} is tied in one of them and not in the other")
 
     bases: dict[str, TransitionMatrices] = {}
 
@@ -146,9 +147,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         facts = layers[name]
         basis = bases.setdefault(
             facts["basis"],
-            TransitionMatrices(*(stored[f"{name}.basis.{m}"].to(layer.weight.device) for m in "UV")),
+            TransitionMatrices(*(stored[f"{name}.basis.{m}"].to(layer.weight) for m in "UV")),
         )
-        weight = stored[f"{name}.weight"].to(layer.weight.device)
+        weight = stored[f"{name}.weight"].to(layer.weight)
         return SparseGradLinear(weight, layer.bias, basis, facts["nnz"], facts["product"], is_transposed(layer))
 
     for name in layers:
@@ -163,16 +164,31 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: str | os.PathLike) ->
     groups = description["optimizers"]
     if len(groups) != len(optimizers):
         raise SparseGradError(f"{path} holds the state of {len(groups)} optimizers, got {len(optimizers)} to fill")
+    for i, (optimizer, saved) in enumerate(zip(optimizers, groups, strict=True)):
+        sizes = [[len(group["params"]) for group in side] for side in (saved, optimizer.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise SparseGradError(
+                f"{path} does not fit optimizer {i}: groups of {sizes[0]} parameters in the file, {sizes[1]} here"
+            )
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             which, index, entry = key.split(".", 2)
             if int(which) == i:
                 state.setdefault(int(index), {})[entry] = value
-        try:
-            optimizer.load_state_dict({"state": state, "param_groups": groups[i]})
-        except ValueError as error:
-            raise SparseGradError(f"{path} does not fit optimizer {i}: {error}") from None
+        optimizer.load_state_dict({"state": state, "param_groups": groups[i]})
+
+
+def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> first name of the same tensor, for every entry that is not the first."""
+    aliases: dict[str, str] = {}
+    firsts: dict[tuple, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        first = firsts.setdefault(key, name)
+        if first != name:
+            aliases[name] = first
+    return aliases
 
 
 def _read(path: str | os.PathLike, prefix: str) -> tuple[dict, dict[str, Tensor]]:

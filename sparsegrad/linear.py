@@ -52,6 +52,8 @@ class SparseGradFunction(torch.autograd.Function):
     def backward(ctx, dy):
         """dL/dY (T, D_out) -> dL/dX (T, D_in), dL/dW~ (COO), dL/db (D_out,)."""
         x_basis, weight, U, V = ctx.saved_tensors
+        # No copies, except under autocast, where these two come in its dtype and the weight does not.
+        x_basis, dy = x_basis.to(weight.dtype), dy.to(weight.dtype)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         if need_bias:
@@ -82,7 +84,8 @@ class SparseGradLinear(AdaptedLinear):
 
     With `W~ = V W U^T` it computes `Y = X U^T W~^T V + b`, the values of `Y = X W^T + b` as long as U and V are
     orthogonal. In backward, `dL/dW~ = (dL/dY V^T)^T (X U^T)` keeps its `nnz` entries of largest magnitude, and
-    `weight.grad` is a coalesced COO tensor of them; `bias.grad` is the ordinary `sum_t dL/dY`.
+    `weight.grad` is a COO tensor of them, sorted and distinct (autograd drops the flag that says so, on its way to
+    `.grad`); `bias.grad` is the ordinary `sum_t dL/dY`.
     Source: SparseGrad (EMNLP 2024), Table 2, equations 1 and 2.
 
     Args:
@@ -105,7 +108,7 @@ class SparseGradLinear(AdaptedLinear):
         super().__init__(weight.shape[1], weight.shape[0], transposed)
         if product not in PRODUCTS:
             raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
-        basis.check_fits(self.out_features, self.in_features)
+        basis.check_fits(self.out_features, self.in_features, weight)
         self.nnz = resolve_nnz(tuple(weight.shape), nnz=nnz)
         self.product = product
         self.basis = basis
@@ -144,7 +147,7 @@ class SparseGradLinear(AdaptedLinear):
         """`from_linear` with a basis that other layers share."""
         if not is_linear(linear):
             raise SparseGradError(f"only a plain linear layer can be converted, got a {type(linear).__name__}")
-        basis.check_fits(*weight_shape(linear))
+        basis.check_fits(*weight_shape(linear), linear.weight)
         nnz = resolve_nnz(weight_shape(linear), nnz=nnz, density=density)
         rotated = rotate(source_weight(linear), basis.V, basis.U.T)
         return cls(rotated, linear.bias, basis, nnz, product, is_transposed(linear))

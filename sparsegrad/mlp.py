@@ -76,8 +76,8 @@ def find_layers(model: nn.Module, targets: str | Mapping[str, str] = "mlp") -> d
             comma-separated ends of module names (each name is a kind), or a mapping kind -> regular expression.
 
     Raises:
-        SparseGradError: the family is unknown, or nothing matches (it says how to name the layers), or layers of the
-            model were replaced already.
+        SparseGradError: the family is unknown, or nothing matches (it says how to name the layers), or a layer matches
+            two targets, or layers of the model were replaced already.
     """
     check_unconverted(model)
     if isinstance(targets, str) and targets in ("mlp", "attention"):
@@ -97,6 +97,11 @@ def find_layers(model: nn.Module, targets: str | Mapping[str, str] = "mlp") -> d
             f"no linear layer of {type(model).__name__} matches target {', '.join(empty) or repr(targets)}; "
             f"its linear layers end in: {_endings(model)}"
         )
+    kind_of: dict[str, str] = {}
+    for kind, names in found.items():
+        for name in names:
+            if kind_of.setdefault(name, kind) != kind:
+                raise SparseGradError(f"{name!r} matches two targets, {kind_of[name]!r} and {kind!r}; tell them apart")
     return found
 
 
@@ -138,16 +143,31 @@ def _endings(model: nn.Module) -> str:
     return ", ".join(endings) or "(it has none)"
 
 
-def check_same_shapes(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, int]]:
-    """Kind -> (D_out, D_in); raises `SparseGradError` where a name is no linear layer or layers of a kind differ."""
-    shapes = {}
+def checked_shapes(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, int]]:
+    """Kind -> (D_out, D_in) of layers that can be replaced, one by one, without touching anything else.
+
+    Raises:
+        SparseGradError: no layer is named, a name is no linear layer or stands there twice, a layer shares its weight
+            with another module (replacing it would untie them), or layers of a kind differ in shape.
+    """
+    if not layers:
+        raise SparseGradError("layers is empty: name at least one kind, as find_layers does")
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path.rpartition(".")[0])
+    shapes: dict[str, tuple[int, int]] = {}
+    named: set[str] = set()
     for kind, names in layers.items():
         if not names:
             raise SparseGradError(f"kind {kind!r} names no layer")
         for name in names:
-            layer = model.get_submodule(name)
-            if not is_linear(layer):
-                raise SparseGradError(f"{name!r} is a {type(layer).__name__}, not a plain linear layer")
+            layer = _linear_layer(model, name)
+            if name in named:
+                raise SparseGradError(f"{name!r} is named twice")
+            named.add(name)
+            tied = [owner for owner in owners[id(layer.weight)] if owner != name]
+            if tied:
+                raise SparseGradError(f"{name!r} shares its weight with {tied[0]!r}: replacing it would untie them")
             shape = weight_shape(layer)
             if shapes.setdefault(kind, shape) != shape:
                 raise SparseGradError(
@@ -155,3 +175,17 @@ def check_same_shapes(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> 
                     f"{shapes[kind][0]} x {shapes[kind][1]}, {name!r} is {shape[0]} x {shape[1]}"
                 )
     return shapes
+
+
+def _linear_layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        layer = model.get_submodule(name) if name else None
+    except AttributeError:
+        layer = None
+    if layer is None:
+        raise SparseGradError(
+            f"{type(model).__name__} has no layer {name!r}; its linear layers end in: {_endings(model)}"
+        )
+    if not is_linear(layer):
+        raise SparseGradError(f"{name!r} is a {type(layer).__name__}, not a plain linear layer")
+    return layer

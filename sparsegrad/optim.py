@@ -49,18 +49,19 @@ class SparseAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group["lr"], *group["betas"], group["eps"])
+        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in moved:
+            if parameter.grad.layout != torch.sparse_coo:
+                raise SparseGradError(
+                    f"SparseAdam needs sparse COO gradients, got a {parameter.grad.layout} one of shape "
+                    f"{tuple(parameter.shape)}; give this parameter to AdamW"
+                )
+        for parameter, group in moved:
+            self._update(parameter, group["lr"], *group["betas"], group["eps"])
         return loss
 
     def _update(self, parameter: Tensor, lr: float, beta1: float, beta2: float, eps: float) -> None:
         gradient = parameter.grad
-        if gradient.layout != torch.sparse_coo:
-            raise SparseGradError(
-                f"SparseAdam needs sparse COO gradients, got a {gradient.layout} one; give this parameter to AdamW"
-            )
         if not gradient.is_coalesced():
             gradient = gradient.coalesce()
         state = self.state[parameter]

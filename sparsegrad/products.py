@@ -26,10 +26,10 @@ def nonzero_stripes(a: Tensor) -> Stripes:
 
 
 def _nonzero_lines(a: Tensor, dim: int) -> Tensor | None:
-    # The largest magnitude of each line: a reduction without a temporary of the size of `a`, as `a != 0` has.
-    magnitude = torch.linalg.vector_norm(a, float("inf"), dim=dim)
-    lines = magnitude.nonzero().squeeze(1)
-    return None if lines.numel() == magnitude.numel() else lines
+    # The 0-norm counts each line's non-zeros: a reduction without a temporary of the size of `a`, as `a != 0` has.
+    counts = torch.linalg.vector_norm(a, 0, dim=dim)
+    lines = counts.nonzero().squeeze(1)
+    return None if lines.numel() == counts.numel() else lines
 
 
 def dense_product(a: Tensor, b: Tensor) -> Tensor:

@@ -32,5 +32,10 @@ def equal_trainable(name: str, reference: int, shapes: Sequence[Shape]) -> int |
     return min((b for b in (low - 1, low) if b >= 1), key=lambda b: abs(budget_params(name, b, shapes) - reference))
 
 
+def check(name: str, budget: Budget, shapes: Sequence[Shape]) -> None:
+    """Raise `MethodError` for a budget that these target weights cannot take."""
+    _method(name, budget).check_budget_fits(shapes)
+
+
 def _method(name: str, budget: Budget) -> Method:
     return get(name)(budget, Setting(layers={}))

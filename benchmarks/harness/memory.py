@@ -63,8 +63,12 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     if tensor.layout == torch.strided:
         yield tensor.untyped_storage()
     elif tensor.layout == torch.sparse_coo:
-        yield tensor._indices().untyped_storage()
-        yield tensor._values().untyped_storage()
+        # Aliases, by way of a copy of the handle: once Python has held the inner tensors themselves, autograd finds
+        # them shared and clones the gradient that it would otherwise take over, and what is watched is no longer
+        # what runs unwatched.
+        alias = tensor.detach()._coalesced_(True)
+        yield alias.indices().untyped_storage()
+        yield alias.values().untyped_storage()
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
             yield part.untyped_storage()

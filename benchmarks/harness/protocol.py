@@ -1,18 +1,23 @@
-"""THE measured run: build, prepare, warm up, measure memory; then, apart from it and from a fresh build, time.
+"""THE measured run: build, prepare, warm up, measure time; then, from a fresh build, the same again for memory.
 
-Memory and time are separate passes: the tracker and the allocator's trace slow a step down, and a timed step must not
-be. The step that is measured is a steady-state one (the third or later), so optimizer state exists.
+The plain pass comes first and has no instrument in it: it gives the times, the entries that training touches, and the
+process's high-water mark, which the tracker and the allocator's trace would raise. The tracked pass gives the bytes.
+What is measured is a steady-state step (the third or later), so optimizer state exists. All methods see the same
+batches and the same dropout.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -115,8 +120,6 @@ class Trained:
     workload: Workload
     method: Method
     model: nn.Module
-    batches: Iterator[object]
-    shapes: Sequence[tuple[int, int]]
     optimizers: list[Optimizer]
 
 
@@ -127,21 +130,21 @@ def run(spec: RunSpec) -> Record:
     workload = spec.workload()
     if spec.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
-    memory = measure_memory(spec, workload)
-    timing = measure_time(spec, workload) if spec.timed_steps else {}
+    plain = measure_plain(spec, workload) if spec.timed_steps else {}
+    tracked = measure_memory(spec, workload)
     return spec.blank(
         workload.name,
         data=workload.data,
         attention=workload.attention,
         device_semantics="cuda" if spec.device.startswith("cuda") else "cpu",
-        **memory,
-        **timing,
+        **plain,
+        **tracked,
         **environment(spec.device),
     )
 
 
 def build(spec: RunSpec, workload: Workload) -> tuple[Method, nn.Module, Sequence[tuple[int, int]]]:
-    """The unprepared model, the method, and the shapes of the method's target weights."""
+    """The method, the unprepared model, and the shapes of the method's target weights."""
     torch.manual_seed(spec.seed)
     model = workload.build()
     layers = workload.layers(model)
@@ -155,6 +158,12 @@ def build(spec: RunSpec, workload: Workload) -> tuple[Method, nn.Module, Sequenc
         backward=workload.run_backward,
     )
     return get(spec.method)(spec.budget, setting), model, target_shapes(model, layers)
+
+
+def ready(spec: RunSpec, workload: Workload, method: Method, model: nn.Module) -> Trained:
+    """The prepared model with its optimizers; dropout starts anew, however much of it the preparation used."""
+    torch.manual_seed(spec.seed)
+    return Trained(workload, method, model, method.optimizers(model, spec.lr))
 
 
 def training_step(state: Trained, batch: object, phase: Phase, after: Callable[[str], None] = lambda _: None):
@@ -192,17 +201,17 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
     """The memory fields and counts of a record, and the losses of the first and the last step."""
     device = torch.device(spec.device)
     method, model, shapes = build(spec, workload)
-    batches = workload.batches()
     tracker = Tracker(device.type)
     tracker.adopt(model)
 
-    preparation, preparation_trace = _track_preparation(tracker, method, model, batches)
+    preparation, preparation_trace = _track_preparation(tracker, method, model, workload.batches())
     tracker.mark("basis", list(method.basis_tensors(model)))
     tracker.mark("parameter", model)
     counts = method.counts(model, shapes)
-    state = Trained(workload, method, model, batches, shapes, method.optimizers(model, spec.lr))
+    state = ready(spec, workload, method, model)
 
-    batch = next(batches)
+    # An iterator of its own: what the preparation drew must not change what is measured.
+    batch = next(workload.batches())
     tracker.mark("activation", batch)
     with tracker:
         losses = [training_step(state, batch, tracker.phase) for _ in range(WARM_UP_STEPS)]
@@ -245,7 +254,6 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
         "kernel_workspace_bytes": trace.peak_bytes - tracker.peak_of_born(first, last),
         "preparation_workspace_bytes": preparation_trace.peak_bytes
         - tracker.peak_of_born(preparation.start, preparation.end),
-        "process_peak_bytes": process_peak_bytes(),
     }
 
 
@@ -264,24 +272,17 @@ def _tracked_step(
     state: Trained, batch: object, tracker: Tracker, spans: dict[str, list[Span]], updated: list[int]
 ) -> float | None:
     """A step whose storages are marked as they show what they are."""
-    starts = {"forward": tracker.position}
+    born = tracker.position
 
-    def phase(name: str) -> AbstractContextManager:
-        starts[name] = tracker.position
-        context = tracker.phase(name)
-
-        class Kept:
-            def __enter__(self):
-                spans.setdefault(name, []).append(context.__enter__())
-
-            def __exit__(self, *exception):
-                return context.__exit__(*exception)
-
-        return Kept()
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        with tracker.phase(name) as span:
+            yield
+        spans.setdefault(name, []).append(span)
 
     def after(name: str) -> None:
         if name == "forward":
-            tracker.mark_born_since("activation", starts["forward"])
+            tracker.mark_born_since("activation", born)
         elif name == "backward":
             tracker.mark("gradient", gradients(state.model), [t.grad for t in state.workload.inputs(batch)])
             updated.append(sum(written_entries(g) for g in gradients(state.model)))
@@ -309,7 +310,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def written_entries(gradient: Tensor) -> int:
     """The entries that an optimizer writes for a gradient: all of a dense one's, the stored ones of a sparse one."""
     if gradient.layout == torch.sparse_coo:
-        return gradient._values().numel()
+        return gradient._nnz() * math.prod(gradient.shape[gradient.sparse_dim() :])
     return gradient.numel()
 
 
@@ -367,43 +368,75 @@ def _metered(
         "peak_preparation_bytes": tracker.peak(preparation.start, preparation.end).bytes,
         "peak_requested_bytes": max(meter.requested.values()),
         "peak_reserved_bytes": meter.reserved,
-        "process_peak_bytes": process_peak_bytes(),
     }
 
 
 # --- time
 
 
-def measure_time(spec: RunSpec, workload: Workload) -> dict[str, object]:
-    """Step and preparation times from a fresh build, and the entries that the timed steps changed."""
-    method, model, shapes = build(spec, workload)
-    batches = workload.batches()
+def measure_plain(spec: RunSpec, workload: Workload) -> dict[str, object]:
+    """Step and preparation times, the entries that the steps changed, and the process's high-water mark."""
+    method, model, _ = build(spec, workload)
     started = time.perf_counter()
-    method.prepare(model, batches)
+    method.prepare(model, workload.batches())
     _wait(spec.device)
     preparation = time.perf_counter() - started
-    state = Trained(workload, method, model, batches, shapes, method.optimizers(model, spec.lr))
-    before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    drawn = [next(batches) for _ in range(spec.timed_steps)]
-    for batch in drawn[:WARM_UP_STEPS]:
-        training_step(state, batch, _untracked)
-    _wait(spec.device)
-    seconds = []
-    with steady_collection():
-        for batch in drawn:
-            started = time.perf_counter()
+    state = ready(spec, workload, method, model)
+    batches = list(islice(workload.batches(), spec.timed_steps))
+    with Snapshot(model) as before:
+        for batch in batches[:WARM_UP_STEPS]:
             training_step(state, batch, _untracked)
+        seconds = []
+        with steady_collection():
             _wait(spec.device)
-            seconds.append(time.perf_counter() - started)
+            for batch in batches:
+                started = time.perf_counter()
+                training_step(state, batch, _untracked)
+                _wait(spec.device)
+                seconds.append(time.perf_counter() - started)
+        high_water = process_peak_bytes()
+        touched = before.changed_entries()
     return {
         "step_time_s": statistics.median(seconds),
         "step_time_min_s": min(seconds),
         "step_time_max_s": max(seconds),
         "timed_steps": len(seconds),
         "preparation_time_s": preparation,
-        "touched_params": sum(int((p != old).sum()) for p, old in before),
-        "touched_steps": min(WARM_UP_STEPS, len(drawn)) + len(drawn),
+        "process_peak_bytes": high_water,
+        "touched_params": touched,
+        "touched_steps": min(WARM_UP_STEPS, len(batches)) + len(batches),
     }
+
+
+class Snapshot:
+    """The trainable parameters as they are now, in a file: a copy in memory would raise the high-water mark."""
+
+    def __init__(self, model: nn.Module):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._file = tempfile.TemporaryFile()
+
+    def __enter__(self) -> Snapshot:
+        for parameter in self._parameters:
+            _bytes_of(parameter).tofile(self._file)
+        self._file.seek(0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def changed_entries(self) -> int:
+        """Entries whose bytes differ from the snapshot's."""
+        changed = 0
+        for parameter in self._parameters:
+            now = _bytes_of(parameter)
+            changed += int((np.fromfile(self._file, now.dtype, now.size) != now).sum())
+        return changed
+
+
+def _bytes_of(parameter: Tensor) -> np.ndarray:
+    """The parameter's entries as integers of their width: comparable whatever the dtype, -0 and NaN included."""
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return parameter.detach().cpu().contiguous().view(width).numpy().reshape(-1)
 
 
 def _wait(device: str) -> None:

@@ -1,0 +1,231 @@
+"""The console script `sparsegrad-bench`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from reports.record import Record, RecordError, dumps, read, write
+
+OK, USAGE = 0, 2
+
+RUN_EXAMPLES = """examples:
+  sparsegrad-bench run --model minilm-l6 --methods full,lora[7],sparsegrad --equal-trainable lora[7] --json -
+  sparsegrad-bench run --layer 768x3072 --methods all --seq 512 --dtype bfloat16 --json layer.json
+  sparsegrad-bench run --model path/to/config.json --methods lora[8] --targets attention --train-rest none
+"""
+REPORT_EXAMPLES = """examples:
+  sparsegrad-bench report results/records.json --out results
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
+        prog="sparsegrad-bench",
+        description="What fine-tuning methods cost in memory, time and parameters, measured under one harness.",
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_report(commands)
+    return root
+
+
+def _add_run(commands) -> None:
+    run = commands.add_parser(
+        "run",
+        help="measure methods on one workload",
+        description="Measure methods on one workload, each in a process of its own. Progress goes to stderr.",
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = run.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--model", help="packaged checkpoint, preset, path of a config.json or its directory; ORG/NAME with --hub"
+    )
+    what.add_argument("--layer", type=_shape, metavar="D_INxD_OUT", help="one linear layer")
+    what.add_argument("--block", type=_shape, metavar="D_INxD_OUT", help="two MLP blocks: up, GELU, down, twice")
+    run.add_argument(
+        "--methods", default="all", help="comma-separated names with a budget in brackets, or all (default)"
+    )
+    run.add_argument("--equal-trainable", metavar="METHOD", help="match every other budget to this one's, e.g. lora[7]")
+    run.add_argument(
+        "--data", help="text to train on (default: trec for encoders, movie for decoders); glue/TASK with --hub"
+    )
+    run.add_argument("--hub", action="store_true", help="allow downloads from the Hugging Face hub")
+    run.add_argument("--targets", default="mlp", help="mlp (default), attention, all-linear, or NAME,NAME")
+    run.add_argument(
+        "--train-rest", choices=("all", "none"), default="all", help="whether the rest trains too (default: all)"
+    )
+    run.add_argument("--adapter-dtype", choices=("same", "float32"), default="same")
+    run.add_argument(
+        "--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is a GPU, else cpu"
+    )
+    run.add_argument("--batch", type=int, default=16)
+    run.add_argument("--seq", type=int, default=128)
+    run.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float64")
+    run.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
+    run.add_argument(
+        "--optimizer-impl", choices=("for-loop", "foreach", "fused"), default=None, help="default: torch's own"
+    )
+    run.add_argument("--checkpointing", action="store_true", help="activation checkpointing (models)")
+    run.add_argument("--lr", type=float, default=1e-4)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--threads", type=int, default=None, help="torch's intra-operation threads (default: torch's own)")
+    run.add_argument("--calibration-steps", type=int, default=30, help="backward passes before the HOSVD (default: 30)")
+    run.add_argument("--timed-steps", type=int, default=10, help="0 leaves the timing pass out (default: 10)")
+    run.add_argument("--time-limit", type=float, default=1800, metavar="SECONDS", help="per method (default: 1800)")
+    run.add_argument("--json", metavar="PATH|-", default="-", help="where records go; - is standard output (default)")
+    run.set_defaults(handler=_run)
+
+
+def _add_report(commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="turn records into a CSV, figures and one HTML page",
+        description="Write records.csv, PNG figures and one self-contained index.html.",
+        epilog=REPORT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("records", nargs="+", type=Path, metavar="RECORDS.json")
+    report.add_argument("--out", type=Path, required=True, metavar="DIR")
+    report.set_defaults(handler=_report)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or not all(int(n) for n in match.groups()):
+        raise argparse.ArgumentTypeError(f"write a shape as D_INxD_OUT, for example 768x3072, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Imported here so that --help and report answer without torch.
+    from benchmarks.harness.worker import run_in_process
+
+    specs = run_specs(arguments)
+    records = []
+    for i, spec in enumerate(specs, 1):
+        name = spec.method if spec.budget is None else f"{spec.method}[{spec.budget}]"
+        _say(f"[{i}/{len(specs)}] {spec.label()}, {name}, train-rest {spec.train_rest} ...", end="")
+        started = time.monotonic()
+        records.append(run_in_process(spec, arguments.time_limit))
+        _say(f" {_outcome(records[-1])} ({time.monotonic() - started:.0f} s)")
+        if arguments.json != "-":
+            write(records, arguments.json)
+    if arguments.json == "-":
+        sys.stdout.write(dumps(records))
+    else:
+        _say(f"{len(records)} records in {arguments.json}")
+    return OK
+
+
+def run_specs(arguments: argparse.Namespace) -> list:
+    """The runs that a command line asks for, checked as far as no model is needed. Raises for bad input."""
+    import torch
+
+    from baselines.method import target_shapes
+    from baselines.registry import get, parse
+    from benchmarks.harness import budget
+    from benchmarks.harness.errors import InputError
+    from benchmarks.harness.protocol import RunSpec
+
+    for name in ("calibration_steps", "time_limit", "lr"):
+        if not getattr(arguments, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    if arguments.timed_steps < 0 or (arguments.threads is not None and arguments.threads < 1):
+        raise InputError("--timed-steps must not be negative, and --threads must be at least 1")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
+    chosen = parse(arguments.methods)
+    names = {f.name for f in dataclasses.fields(RunSpec)}
+    common = {key: value for key, value in vars(arguments).items() if key in names}
+    # torch's own choice: foreach on CUDA, a loop over the parameters elsewhere.
+    common["optimizer_impl"] = arguments.optimizer_impl or ("foreach" if device == "cuda" else "for-loop")
+    common["device"] = device
+    workload = RunSpec(method="full", **common).workload()
+    skeleton = workload.skeleton()
+    shapes = target_shapes(skeleton, workload.layers(skeleton))
+
+    reference = None
+    if arguments.equal_trainable is not None:
+        (reference_name, reference_budget), *more = parse(arguments.equal_trainable)
+        reference = budget.budget_params(reference_name, reference_budget, shapes)
+        if more or reference is None:
+            raise InputError(f"--equal-trainable takes one method that has a budget, got {arguments.equal_trainable!r}")
+    specs = []
+    for name, value in chosen:
+        matched = None
+        if reference is not None:
+            # A method with a budget of its own on the command line keeps it.
+            if value is None:
+                value = reference_budget if name == reference_name else budget.equal_trainable(name, reference, shapes)
+                matched = value is not None
+            else:
+                matched = (name, value) == (reference_name, reference_budget)
+        method = get(name)
+        spec = RunSpec(
+            method=name,
+            budget=value if method.knob is None or value is not None else method.knob.default,
+            matched=matched,
+            **common,
+        )
+        budget.check(spec.method, spec.budget, shapes)
+        specs.append(spec)
+    return specs
+
+
+def _outcome(record: Record) -> str:
+    if record.status != "ok":
+        return f"{record.status}: {record.reason}"
+    step = "" if record.step_time_s is None else f", {record.step_time_s * 1e3:.0f} ms a step"
+    return f"ok, peak {record.peak_step_bytes / 2**20:.1f} MiB{step}"
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from reports.page import write_report
+
+    records = [record for path in arguments.records for record in read(path)]
+    page = write_report(records, arguments.out)
+    _say(f"{len(records)} records; page: {page}")
+    return OK
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; bad input is one line on stderr and exit code 2."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.handler(arguments)
+    except ValueError as error:
+        # The packages' own errors for input that a person can put right; others keep their traceback.
+        if not _is_input_error(error):
+            raise
+        _say(f"sparsegrad-bench: {error}")
+        return USAGE
+    except OSError as error:
+        _say(f"sparsegrad-bench: {error}")
+        return USAGE
+
+
+def _is_input_error(error: ValueError) -> bool:
+    if isinstance(error, RecordError):
+        return True
+    from baselines.method import MethodError
+    from benchmarks.harness.errors import InputError
+    from sparsegrad import SparseGradError
+
+    return isinstance(error, InputError | MethodError | SparseGradError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

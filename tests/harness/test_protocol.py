@@ -1,0 +1,212 @@
+"""The measured run: closed forms, the allocator as a witness, determinism, leaks."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from baselines.registry import methods
+from benchmarks.harness.memory import AllocatorTrace, Tracker, steady_collection
+from benchmarks.harness.protocol import (
+    Diverged,
+    RunSpec,
+    _untracked,
+    build,
+    measure_memory,
+    measure_plain,
+    ready,
+    run,
+    training_step,
+)
+from reports.record import BREAKDOWN, PEAKS
+
+CORE = list(methods())
+# A budget that the small shapes can take, for methods that have one.
+BUDGET = {name: (3 if cls.knob else None) for name, cls in methods().items()}
+LAYER = {"layer": (37, 53), "batch": 3, "seq": 11}
+BLOCK = {"block": (48, 96), "batch": 2, "seq": 16}
+ENCODER = {"model": "minilm-l6", "batch": 4, "seq": 32}
+
+
+def spec(method, **options):
+    options = {"calibration_steps": 2, "timed_steps": 0, **options}
+    return RunSpec(method=method, budget=BUDGET[method], **options)
+
+
+def memory(a_spec):
+    return measure_memory(a_spec, a_spec.workload())
+
+
+@pytest.mark.parametrize("rest", ["all", "none"])
+@pytest.mark.parametrize("shape", [LAYER, BLOCK], ids=["layer", "block"])
+@pytest.mark.parametrize("method", CORE)
+def test_the_tracker_agrees_with_the_allocator(method, shape, rest):
+    result = memory(spec(method, train_rest=rest, **shape))
+    assert abs(result["kernel_workspace_bytes"]) <= 1e-3 * result["peak_step_bytes"]
+
+
+@pytest.mark.parametrize("method", CORE)
+def test_the_tracker_agrees_with_the_allocator_on_the_encoder(method):
+    result = memory(spec(method, **ENCODER))
+    assert abs(result["kernel_workspace_bytes"]) <= 1e-3 * result["peak_step_bytes"]
+    assert sum(result[name] for name in BREAKDOWN) == result["peak_step_bytes"]
+    assert result["resident_bytes"] < result["peak_eval_bytes"] <= result["peak_step_bytes"]
+
+
+@pytest.mark.parametrize("rest", ["all", "none"])
+@pytest.mark.parametrize("method", CORE)
+def test_the_breakdown_adds_up(method, rest):
+    for shape in (LAYER, BLOCK):
+        result = memory(spec(method, train_rest=rest, **shape))
+        assert sum(result[name] for name in BREAKDOWN) == result["peak_step_bytes"]
+        assert max(result[name] for name in PEAKS) == result["peak_step_bytes"]
+        assert result[f"peak_{result['peak_phase']}_bytes"] == result["peak_step_bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_workspace_is_the_allocators_excess_over_the_tracker(dtype):
+    """A witness of its own: a step under the trace alone, in another build, has tracker plus workspace as its peak."""
+    a_spec = spec("sparsegrad", dtype=dtype, **BLOCK)
+    result = memory(a_spec)
+    workload = a_spec.workload()
+    method, model, _ = build(a_spec, workload)
+    method.prepare(model, workload.batches())
+    state = ready(a_spec, workload, method, model)
+    batch = next(workload.batches())
+    for _ in range(2):
+        training_step(state, batch, _untracked)
+    tracker = Tracker()
+    tracker.adopt(model, *state.optimizers, batch)
+    with steady_collection(), AllocatorTrace() as trace:
+        training_step(state, batch, _untracked)
+    assert trace.left_bytes == 0
+    assert tracker.live_bytes + trace.peak_bytes == result["peak_step_bytes"] + result["kernel_workspace_bytes"]
+
+
+def test_full_fine_tuning_of_a_layer_has_the_closed_form():
+    d_in, d_out, tokens = 37, 53, 33
+    result = memory(spec("full", **LAYER))
+    weights = 4 * (d_out * d_in + d_out)
+    x, y = 4 * tokens * d_in, 4 * tokens * d_out
+    resident = 3 * weights + 2 * 4  # weight and bias, two moments, AdamW's two step counters
+    held = resident + x + 2 * y  # X, Y, dL/dY
+    assert result["resident_bytes"] == resident
+    assert result["peak_forward_bytes"] == held
+    assert result["peak_backward_bytes"] == held + weights + x  # dL/dW, dL/db, dL/dX
+    # AdamW's loop holds the root of the second moment and its corrected copy, of the weight's size each.
+    assert result["peak_optimizer_bytes"] == held + weights + 2 * 4 * d_out * d_in
+    assert result["peak_eval_bytes"] == held
+    assert result["peak_preparation_bytes"] == weights
+
+
+def test_the_breakdown_of_full_fine_tuning_is_what_it_says():
+    d_in, d_out, tokens = 37, 53, 33
+    result = memory(spec("full", **LAYER))
+    weights = 4 * (d_out * d_in + d_out)
+    assert result["peak_phase"] == "optimizer"
+    assert result["parameter_bytes"] == weights
+    assert result["gradient_bytes"] == weights
+    assert result["optimizer_bytes"] == 2 * weights + 8
+    assert result["activation_bytes"] == 4 * tokens * (d_in + 2 * d_out)
+    assert result["temporary_bytes"] == 2 * 4 * d_out * d_in
+    assert result["basis_bytes"] == 0
+
+
+def test_sparsegrad_pays_for_its_bases_and_its_dense_moments():
+    d_in, d_out = 37, 53
+    result = memory(spec("sparsegrad", **LAYER))
+    weights, bias = 4 * d_out * d_in, 4 * d_out
+    bases = 4 * (d_in**2 + d_out**2)
+    # W~ with two DENSE moments, U and V; the bias with two moments and AdamW's step counter.
+    assert result["resident_bytes"] == 3 * weights + bases + 3 * bias + 4
+    assert result["basis_bytes"] == bases
+
+
+@pytest.mark.parametrize("method", CORE)
+def test_fifty_steps_leak_nothing(method):
+    a_spec = spec(method, **BLOCK)
+    workload = a_spec.workload()
+    method_, model, _ = build(a_spec, workload)
+    method_.prepare(model, workload.batches())
+    state = ready(a_spec, workload, method_, model)
+    batches = workload.batches()
+    tracker = Tracker()
+    with tracker:
+        for _ in range(3):
+            training_step(state, next(batches), tracker.phase)
+        # No collector run in between: a cycle would show as a leak.
+        with steady_collection():
+            before = tracker.live_bytes
+            for _ in range(50):
+                training_step(state, next(batches), tracker.phase)
+            assert tracker.live_bytes == before
+
+
+def test_two_runs_are_identical():
+    for method in ("full", "lora", "sparsegrad"):
+        a_spec = spec(method, **ENCODER)
+        assert memory(a_spec) == memory(a_spec)
+
+
+def test_every_method_starts_from_the_same_outputs_and_batch():
+    losses = [memory(spec(method, **ENCODER)) for method in ("full", "lora", "random-mask", "sparsegrad")]
+    assert len({round(result["loss_first"], 4) for result in losses}) == 1
+    assert len({result["padding_fraction"] for result in losses}) == 1
+
+
+@pytest.mark.parametrize("method", CORE)
+def test_counts(method):
+    d_in, d_hidden = BLOCK["block"]
+    layers, weight, k, steps = 4, d_in * d_hidden, 3, 4
+    biases = 2 * (d_in + d_hidden)
+    result = asdict(run(spec(method, lr=1e-2, **{**BLOCK, "timed_steps": 2})))
+    own = {
+        # trainable, updated, state, budget: entries in the four weights together
+        "full": (layers * weight, layers * weight, layers * weight, None),
+        "head": (0, 0, 0, None),
+        "lora": (layers * k * (d_in + d_hidden),) * 4,
+        "meprop-example": (layers * weight, layers * weight, layers * weight, 2 * k * (d_in + d_hidden)),
+        "meprop-unified": (layers * weight, 2 * k * (d_in + d_hidden), layers * weight, 2 * k * (d_in + d_hidden)),
+        "meprop-weight": (layers * weight, layers * k, layers * weight, layers * k),
+        "random-mask": (layers * k,) * 4,
+        "sparsegrad": (layers * weight, layers * k, layers * weight, layers * k),
+    }[method]
+    rest = 0 if method == "head" else biases
+    assert result["trainable_params"] == own[0] + rest
+    assert result["updated_params"] == own[1] + rest
+    assert result["state_params"] == own[2] + rest
+    assert result["budget_params"] == own[3]
+    assert result["touched_steps"] == steps
+    if method in ("sparsegrad", "meprop-weight"):
+        assert layers * k + rest <= result["touched_params"] <= steps * layers * k + rest
+    elif method in ("lora", "random-mask", "head"):
+        assert result["touched_params"] == own[0] + rest
+
+
+def test_the_plain_pass_counts_touched_entries_exactly():
+    a_spec = spec("random-mask", **{**LAYER, "timed_steps": 1, "train_rest": "none", "lr": 0.1})
+    assert measure_plain(a_spec, a_spec.workload())["touched_params"] == 3
+
+
+def test_a_loss_that_is_not_finite_diverges():
+    a_spec = spec("full", **{**ENCODER, "lr": 1e30})
+    with pytest.raises(Diverged, match="loss"):
+        memory(a_spec)
+
+
+def test_bfloat16_runs_for_every_method():
+    for method in CORE:
+        result = memory(spec(method, dtype="bfloat16", **BLOCK))
+        half = memory(spec(method, dtype="float32", **BLOCK))
+        # Half the bytes for what is a float; indices and counters stay.
+        assert 0.5 * half["resident_bytes"] <= result["resident_bytes"] <= 0.55 * half["resident_bytes"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("method", CORE)
+def test_cuda_run(method):
+    record = run(spec(method, device="cuda", **{**BLOCK, "timed_steps": 2}))
+    assert record.device_semantics == "cuda"
+    assert record.peak_step_bytes >= record.peak_requested_bytes > record.resident_bytes > 0
+    assert sum(getattr(record, name) for name in BREAKDOWN) == record.peak_step_bytes
