@@ -32,8 +32,9 @@ class TransitionMatrices(nn.Module):
         for name, matrix in (("U", U), ("V", V)):
             if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
                 raise SparseGradError(f"{name} must be a square matrix, got shape {tuple(matrix.shape)}")
-        self.register_buffer("U", U.detach())
-        self.register_buffer("V", V.detach())
+        # Contiguous, as `load` reads them: products with another layout can round differently.
+        self.register_buffer("U", U.detach().contiguous())
+        self.register_buffer("V", V.detach().contiguous())
 
     def check_fits(self, d_out: int, d_in: int, weight: Tensor) -> None:
         """Raise `SparseGradError` unless the matrices belong to (d_out, d_in) and share `weight`'s dtype and device."""
@@ -81,8 +82,9 @@ class StreamingHOSVD:
             raise SparseGradError(
                 f"{self.count} gradients were collected and all are zero: give at least one batch with a loss to reduce"
             )
-        bases = (leading_directions(gram) for gram in (self.gram_in, self.gram_out))
-        return TransitionMatrices(*(basis.to(dtype, memory_format=torch.contiguous_format) for basis in bases))
+        return TransitionMatrices(
+            leading_directions(self.gram_in).to(dtype), leading_directions(self.gram_out).to(dtype)
+        )
 
 
 def leading_directions(gram: Tensor) -> Tensor:

@@ -147,9 +147,10 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         facts = layers[name]
         basis = bases.setdefault(
             facts["basis"],
-            TransitionMatrices(*(stored[f"{name}.basis.{m}"].to(layer.weight) for m in "UV")),
+            TransitionMatrices(*(stored[f"{name}.basis.{m}"].to(layer.weight, copy=True) for m in "UV")),
         )
-        weight = stored[f"{name}.weight"].to(layer.weight)
+        # Copied: what was read from the file is not aligned as torch's own memory is, and products round differently.
+        weight = stored[f"{name}.weight"].to(layer.weight, copy=True)
         return SparseGradLinear(weight, layer.bias, basis, facts["nnz"], facts["product"], is_transposed(layer))
 
     for name in layers:

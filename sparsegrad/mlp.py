@@ -135,7 +135,7 @@ def _all_linear(model: nn.Module) -> dict[str, list[str]]:
 
 def _ending(name: str) -> str:
     """A name without what precedes its last number: `encoder.layer.3.output.dense` -> `output.dense`."""
-    return re.sub(r"^.*\.\d+\.", "", name)
+    return re.sub(r"^(.*\.)?\d+\.", "", name)
 
 
 def _endings(model: nn.Module) -> str:

@@ -16,6 +16,7 @@ what each storage turned out to be.
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -63,12 +64,8 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     if tensor.layout == torch.strided:
         yield tensor.untyped_storage()
     elif tensor.layout == torch.sparse_coo:
-        # Aliases, by way of a copy of the handle: once Python has held the inner tensors themselves, autograd finds
-        # them shared and clones the gradient that it would otherwise take over, and what is watched is no longer
-        # what runs unwatched.
-        alias = tensor.detach()._coalesced_(True)
-        yield alias.indices().untyped_storage()
-        yield alias.values().untyped_storage()
+        yield tensor._indices().untyped_storage()
+        yield tensor._values().untyped_storage()
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
             yield part.untyped_storage()
@@ -92,6 +89,29 @@ def tensors_in(thing: object) -> Iterator[Tensor]:
         for leaf in tree_leaves(thing):
             if isinstance(leaf, Tensor):
                 yield leaf
+
+
+# Modules whose frames torch puts between an operation and a mode's __torch_dispatch__.
+_DISPATCH_WRAPPERS = ("torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_dispatch")
+
+
+def _called_by_autograd() -> bool:
+    """Whether the operation being dispatched was called by autograd's engine itself, not by Python code under it."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") in _DISPATCH_WRAPPERS:
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"
+
+
+def _taken_over(gradient: Tensor) -> Tensor:
+    """What autograd stores as `.grad` of a COO gradient that nobody else holds: its own indices and values.
+
+    Under any dispatch mode autograd finds those shared, since the mode had to be shown them, and clones the gradient
+    instead. What is watched would then not be what runs unwatched, by the bytes of a gradient.
+    """
+    return torch.sparse_coo_tensor(
+        gradient._indices(), gradient._values(), gradient.shape, is_coalesced=False, check_invariants=False
+    )
 
 
 class Tracker(TorchDispatchMode):
@@ -123,7 +143,10 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        result = func(*args, **kwargs)
+        if func is torch.ops.aten.clone.default and args[0].layout == torch.sparse_coo and _called_by_autograd():
+            result = _taken_over(args[0])
+        else:
+            result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)

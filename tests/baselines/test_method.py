@@ -420,6 +420,18 @@ def storages(tensors):
     return found
 
 
+def forward_and_saved(model, x):
+    """Y, and every tensor that the graph keeps for backward."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return model(x), kept
+
+
 BUDGETS = {name: [None, 1] for name in METHODS}
 BUDGETS |= {name: [None] for name in WITHOUT}
 BUDGETS |= {"lora": [3, 1], "meprop-example": [5, 1], "meprop-unified": [5, 1]}
@@ -457,9 +469,7 @@ def test_formula_is_what_a_step_holds(name, budget, d_out, d_in, batch, seq, dty
     optimizers = method.optimizers(model, 1e-3)
     for _ in range(2):
         x, dy = next(batches())
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-            y = model(x)
+        y, kept = forward_and_saved(model, x)
         saved = storages(kept)
         # With every saved tensor alive in `kept`, no two storages share an address.
         given = storages([x]) | parameters | basis
@@ -507,7 +517,7 @@ BUDGET = {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
 BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2}
 
 
-# The loss must fall to less than this share of what it was, and of what the rest of the model reaches without the method.
+# The loss must fall to less than this share of what it was, and of what the rest of the model reaches by itself.
 SHARE = 0.25
 
 

@@ -140,7 +140,7 @@ def test_an_unknown_method_lists_the_known(text):
 
 
 def test_get_of_an_unknown_method_lists_the_known():
-    with pytest.raises(MethodError, match="'nonesuch'.*lora, meprop-example"):
+    with pytest.raises(MethodError, match=r"'nonesuch'.*lora, meprop-example"):
         registry.get("nonesuch")
 
 

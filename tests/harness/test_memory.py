@@ -52,24 +52,38 @@ def test_a_sparse_tensor_is_its_indices_and_its_values():
     assert tracker.live_bytes == 0
 
 
-def test_watching_does_not_change_how_a_sparse_gradient_is_accumulated():
-    class Sparse(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, weight):
-            return weight.sum()
+class SparseSum(torch.autograd.Function):
+    """A sum whose gradient is a COO tensor of k = 2 entries; with `keep`, a clone of it is made in Python too."""
 
-        @staticmethod
-        def backward(ctx, _):
-            return torch.sparse_coo_tensor([[0, 2], [1, 1]], [1.0, 2.0], (3, 3), check_invariants=False)
+    @staticmethod
+    def forward(ctx, weight, kept):
+        ctx.kept = kept
+        return weight.sum()
 
-    def allocated(context):
+    @staticmethod
+    def backward(ctx, _):
+        gradient = torch.sparse_coo_tensor([[0, 2], [1, 1]], [1.0, 2.0], (3, 3), check_invariants=False)
+        if ctx.kept is not None:
+            ctx.kept.append(gradient.clone())
+        return gradient, None
+
+
+@pytest.mark.parametrize("kept", [None, []], ids=["taken over", "cloned by hand"])
+def test_watching_does_not_change_how_a_sparse_gradient_is_accumulated(kept):
+    def trace(context):
         weight = nn.Parameter(torch.zeros(3, 3))
-        loss = Sparse.apply(weight)
-        with AllocatorTrace() as trace, context:
+        loss = SparseSum.apply(weight, kept)
+        with AllocatorTrace() as allocator, context:
             loss.backward()
-        return trace.left_bytes
+        # Entries, and whether the flag survives.
+        dense = torch.zeros(3, 3).index_put_((torch.tensor([0, 2]), torch.tensor([1, 1])), torch.tensor([1.0, 2.0]))
+        assert torch.equal(weight.grad.to_dense(), dense)
+        return allocator.peak_bytes, allocator.left_bytes, weight.grad.is_coalesced()
 
-    assert allocated(Tracker()) == allocated(nullcontext()) == 2 * 2 * 8 + 2 * 4
+    gradient = 2 * 2 * 8 + 2 * 4
+    watched, unwatched = trace(Tracker()), trace(nullcontext())
+    assert watched == unwatched
+    assert watched[1] == gradient * (1 if kept is None else 2)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CS. tensor support")

@@ -1,0 +1,444 @@
+"""The transition matrices against the explicit HOSVD, their orientation, and what calibrating leaves behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from sparsegrad import SparseGradError, SparseGradLinear, StreamingHOSVD, TransitionMatrices, calibrate
+from sparsegrad.support import kept_energy
+
+D_IN, D_HIDDEN = 5, 7
+LAYERS = {"up": ["0.up", "1.up"], "down": ["0.down", "1.down"]}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(D_IN)
+        self.up = nn.Linear(D_IN, D_HIDDEN)
+        self.down = nn.Linear(D_HIDDEN, D_IN, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def blocks(dtype=torch.float64) -> nn.Sequential:
+    return nn.Sequential(Block(), Block()).to(dtype)
+
+
+def batches(count: int = 3, dtype=torch.float64) -> list[torch.Tensor]:
+    return [torch.randn(2, 4, D_IN, dtype=dtype) for _ in range(count)]
+
+
+def backward(model: nn.Module, batch: torch.Tensor) -> None:
+    model(batch).square().sum().backward()
+
+
+def explicit_hosvd(gradients: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, its singular values, V, its singular values: the stack D_in x D_out x N, unfolded and decomposed."""
+    stack = torch.stack([g.double().T for g in gradients], dim=2)
+    d_in, d_out, _ = stack.shape
+    left_in, s_in, _ = torch.linalg.svd(stack.reshape(d_in, -1))
+    left_out, s_out, _ = torch.linalg.svd(stack.transpose(0, 1).reshape(d_out, -1))
+    return left_in.T, s_in, left_out.T, s_out
+
+
+def misalignment(rows: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest 1 - |cosine| between rows of the same place: zero where they agree up to sign."""
+    return float((1 - (rows.double() * expected).sum(1).abs()).max())
+
+
+def decompose(gradients, dtype) -> TransitionMatrices:
+    d_out, d_in = gradients[0].shape
+    hosvd = StreamingHOSVD(d_out, d_in, dtype=dtype)
+    for gradient in gradients:
+        hosvd.update(gradient)
+    assert hosvd.count == len(gradients)
+    return hosvd.transition_matrices(dtype)
+
+
+def ordinary_gradients(model, names, inputs) -> list[torch.Tensor]:
+    model = copy.deepcopy(model)
+    found = []
+    for batch in inputs:
+        model.zero_grad()
+        backward(model, batch)
+        found += [model.get_submodule(name).weight.grad.clone() for name in names]
+    return found
+
+
+# Streaming HOSVD
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "count"), [(5, 3, 4), (3, 5, 4), (7, 7, 3), (11, 2, 9), (1, 3, 5)])
+def test_streaming_hosvd_is_the_explicit_one(d_out, d_in, count):
+    gradients = [torch.randn(d_out, d_in, dtype=torch.float64) for _ in range(count)]
+    U, s_in, V, s_out = explicit_hosvd(gradients)
+    bases = decompose(gradients, torch.float64)
+    assert bases.U.shape == (d_in, d_in)
+    assert bases.V.shape == (d_out, d_out)
+    assert misalignment(bases.U, U) < 1e-12
+    assert misalignment(bases.V, V) < 1e-12
+    # Rows by falling singular value: what row j of the basis takes out of the unfolding is the j-th of them.
+    flat_in = torch.cat([g.T for g in gradients], dim=1)
+    flat_out = torch.cat(gradients, dim=1)
+    torch.testing.assert_close((bases.U @ flat_in).norm(dim=1), s_in, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((bases.V @ flat_out).norm(dim=1), s_out, rtol=1e-10, atol=1e-10)
+    assert (s_in.diff() <= 0).all()
+
+
+def test_directions_that_no_gradient_has_complete_the_basis():
+    gradient = torch.randn(7, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)  # rank 2
+    bases = decompose([gradient], torch.float64)
+    U, _, V, _ = explicit_hosvd([gradient])
+    assert misalignment(bases.U[:2], U[:2]) < 1e-12
+    assert misalignment(bases.V[:2], V[:2]) < 1e-12
+    assert (bases.U[2:] @ gradient.T).abs().max() < 1e-7  # the square root of float64's rounding
+    for matrix in (bases.U, bases.V):
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_float32_bases_are_orthogonal_and_lead_with_the_same_directions():
+    d_out, d_in = 61, 48
+    # Singular values that halve: three of them are well above what float32 Gram matrices resolve.
+    p, q = torch.linalg.qr(torch.randn(d_out, 6)).Q, torch.linalg.qr(torch.randn(d_in, 6)).Q
+    gradients = [(p * 0.5 ** torch.arange(6)) @ torch.randn(6, 6) @ (q * 0.5 ** torch.arange(6)).T for _ in range(5)]
+    bases = decompose(gradients, torch.float32)
+    assert bases.U.dtype == bases.V.dtype == torch.float32
+    for matrix in (bases.U.double(), bases.V.double()):
+        assert (matrix @ matrix.T - torch.eye(len(matrix))).abs().max() < 1e-6
+    U, _, V, _ = explicit_hosvd(gradients)
+    assert misalignment(bases.U[:3], U[:3]) < 1e-6
+    assert misalignment(bases.V[:3], V[:3]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_matrices_accumulate_in_float32_at_least(dtype):
+    gradients = [torch.randn(7, 5).to(dtype) for _ in range(200)]
+    hosvd = StreamingHOSVD(7, 5, dtype=dtype)
+    for gradient in gradients:
+        hosvd.update(gradient)
+    gram_in = sum(g.double().T @ g.double() for g in gradients)
+    gram_out = sum(g.double() @ g.double().T for g in gradients)
+    # 200 additions of values near 7: far inside 1e-4 in float32, far outside in the narrow types.
+    assert hosvd.gram_in.dtype == torch.float32
+    assert (hosvd.gram_in - gram_in).abs().max() < 1e-4 * gram_in.abs().max()
+    assert (hosvd.gram_out - gram_out).abs().max() < 1e-4 * gram_out.abs().max()
+    assert hosvd.transition_matrices(dtype).U.dtype == dtype
+
+
+def test_signs_do_not_depend_on_the_gradients_sign():
+    gradients = [torch.randn(7, 5, dtype=torch.float64) for _ in range(4)]
+    bases, opposite = decompose(gradients, torch.float64), decompose([-g for g in gradients], torch.float64)
+    for matrix, other in ((bases.U, opposite.U), (bases.V, opposite.V)):
+        torch.testing.assert_close(matrix, other, rtol=0, atol=1e-12)
+        assert (matrix.gather(1, matrix.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_adds_nothing(value):
+    hosvd = StreamingHOSVD(3, 2)
+    hosvd.update(torch.ones(3, 2))
+    bad = torch.ones(3, 2)
+    bad[1, 1] = value
+    with pytest.raises(SparseGradError, match="NaN or infinity"):
+        hosvd.update(bad)
+    assert hosvd.count == 1
+    assert torch.equal(hosvd.gram_in, torch.full((2, 2), 3.0))
+    assert torch.equal(hosvd.gram_out, torch.full((3, 3), 2.0))
+
+
+def test_no_basis_without_a_gradient():
+    with pytest.raises(SparseGradError, match="0 gradients"):
+        StreamingHOSVD(3, 2).transition_matrices(torch.float32)
+    zeros = StreamingHOSVD(3, 2)
+    zeros.update(torch.zeros(3, 2))
+    with pytest.raises(SparseGradError, match="all are zero"):
+        zeros.transition_matrices(torch.float32)
+
+
+def test_gradients_whose_squares_overflow_are_refused():
+    hosvd = StreamingHOSVD(3, 2)
+    hosvd.update(torch.full((3, 2), 1e30))
+    with pytest.raises(SparseGradError, match="overflow"):
+        hosvd.transition_matrices(torch.float32)
+
+
+@pytest.mark.parametrize(("U", "V"), [((3, 2), (4, 4)), ((3, 3), (4, 5)), ((3,), (4, 4))])
+def test_bases_are_square(U, V):
+    with pytest.raises(SparseGradError, match="must be a square matrix"):
+        TransitionMatrices(torch.zeros(U), torch.zeros(V))
+
+
+# Orientation: planted directions
+
+
+def planted(d_out: int, d_in: int, count: int) -> list[torch.Tensor]:
+    """Gradients in the span of two fixed directions on each side, differently mixed."""
+    p = torch.linalg.qr(torch.randn(d_out, 2, dtype=torch.float64)).Q
+    q = torch.linalg.qr(torch.randn(d_in, 2, dtype=torch.float64)).Q
+    return [p @ torch.randn(2, 2, dtype=torch.float64) @ q.T for _ in range(count)]
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(37, 31), (31, 37), (32, 32)])
+def test_v_g_ut_concentrates_the_gradient_and_no_transpose_does(d_out, d_in):
+    gradients = planted(d_out, d_in, 6)
+    bases = decompose(gradients[:-1], torch.float64)
+    unseen = gradients[-1]
+
+    def leading(U, V):
+        """Share of the energy in the leading 2 x 2 corner; and in as many entries, wherever they are."""
+        rotated = V @ unseen @ U.T
+        return float(rotated[:2, :2].square().sum() / rotated.square().sum()), kept_energy(rotated, 4 / (d_out * d_in))
+
+    U, V = bases.U, bases.V
+    corner, kept = leading(U, V)
+    assert corner == pytest.approx(1, abs=1e-12)
+    assert kept == pytest.approx(1, abs=1e-12)
+    for wrong in ((U.T, V), (U, V.T), (U.T, V.T)):
+        corner, kept = leading(*wrong)
+        # A direction that is not a basis row spreads over some thirty of them.
+        assert corner < 0.5
+        assert kept < 0.75
+
+
+def test_a_converted_layer_keeps_nearly_all_of_a_planted_gradient(distance):
+    d_out, d_in, tokens = 13, 11, 6
+    p = torch.linalg.qr(torch.randn(d_out, 2, dtype=torch.float64)).Q
+    q = torch.linalg.qr(torch.randn(d_in, 2, dtype=torch.float64)).Q
+    linear = nn.Linear(d_in, d_out, dtype=torch.float64)
+    model = nn.Sequential(linear)
+
+    def push(model, batch):
+        x, dy = batch
+        model(x).backward(dy)
+
+    def sample():
+        """X and dL/dY with rows in the two planted directions: so is dL/dY^T X."""
+        return torch.randn(tokens, 2, dtype=torch.float64) @ q.T, torch.randn(tokens, 2, dtype=torch.float64) @ p.T
+
+    bases = calibrate(model, {"only": ["0"]}, [sample() for _ in range(5)], push)["only"]
+    layer = SparseGradLinear.from_linear(linear, bases.U, bases.V, nnz=4)
+    x, dy = sample()
+    layer(x).backward(dy)
+    kept = bases.V.T @ layer.weight.grad.to_dense() @ bases.U
+    assert distance(kept, dy.T @ x) < 1e-10
+
+
+# Calibration of a model
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibrate_is_the_explicit_hosvd_of_the_ordinary_gradients(training):
+    model, inputs = blocks().train(training), batches()
+    found = calibrate(model, LAYERS, inputs, backward)
+    assert list(found) == ["up", "down"]
+    for kind, names in LAYERS.items():
+        U, _, V, _ = explicit_hosvd(ordinary_gradients(model, names, inputs))
+        assert misalignment(found[kind].U, U) < 1e-10
+        assert misalignment(found[kind].V, V) < 1e-10
+    assert model.training is training
+
+
+def test_calibrate_knows_conv1d():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = blocks()
+    twin = copy.deepcopy(model)
+    for block in twin:
+        for name in ("up", "down"):
+            linear = getattr(block, name)
+            stored = conv1d(linear.out_features, linear.in_features).double()
+            stored.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+            if linear.bias is not None:
+                stored.bias = nn.Parameter(linear.bias.detach())
+            setattr(block, name, stored)
+    inputs = batches()
+    found, expected = calibrate(twin, LAYERS, inputs, backward), calibrate(model, LAYERS, inputs, backward)
+    for kind in LAYERS:
+        torch.testing.assert_close(found[kind].U, expected[kind].U, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found[kind].V, expected[kind].V, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bases_come_in_the_weights_dtype(dtype):
+    found = calibrate(blocks(dtype), LAYERS, batches(dtype=dtype), backward)
+    assert {matrix.dtype for bases in found.values() for matrix in (bases.U, bases.V)} == {dtype}
+
+
+def test_calibrate_calls_a_transformers_model_with_its_batch(tiny):
+    model, batch = tiny("bert")
+    layers = {"down": [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]}
+    found = calibrate(model, layers, [batch, batch])["down"]
+    twin = copy.deepcopy(model)
+    twin(**batch).loss.backward()
+    U, _, V, _ = explicit_hosvd([twin.get_submodule(name).weight.grad for name in layers["down"]])
+    # Twice the same gradients: the same directions. Two suffice: float32 resolves the leading ones.
+    assert misalignment(found.U[:2], U[:2]) < 1e-4
+    assert misalignment(found.V[:2], V[:2]) < 1e-4
+
+
+def test_the_model_is_as_it_was(unchanged):
+    model = blocks()
+    model[0].up.weight.requires_grad_(False)  # calibrated all the same, and frozen again
+    model[1].norm.weight.requires_grad_(False)
+    with unchanged(model):
+        calibrate(model, LAYERS, batches(), backward)
+    # No hook stays either: gradients arrive and remain.
+    backward(model, batches()[0])
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == {
+        "0.up.weight",
+        "1.norm.weight",
+    }
+
+
+def test_only_the_named_weights_train_meanwhile():
+    model, seen = blocks(), []
+
+    def watching(model, batch):
+        seen.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        backward(model, batch)
+
+    calibrate(model, LAYERS, batches(2), watching)
+    assert seen == [{f"{i}.{kind}.weight" for i in (0, 1) for kind in ("up", "down")}] * 2
+
+
+def test_no_two_gradients_live_at_once():
+    model = blocks()
+    weights = [model.get_submodule(name).weight for names in LAYERS.values() for name in names]
+    storages, alive = [], []
+
+    def watch(gradient):
+        """A layer's gradient has just been made: how many of the earlier ones are still there?"""
+        alive.append(sum(not storage.expired() for storage in storages))
+        storages.append(StorageWeakRef(gradient.untyped_storage()))
+
+    def watching(model, batch):
+        handles = [weight.register_hook(watch) for weight in weights]
+        backward(model, batch)
+        for handle in handles:
+            handle.remove()
+        assert all(storage.expired() for storage in storages)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    calibrate(model, LAYERS, batches(2), watching)
+    assert alive == [0] * 8  # 4 layers, 2 batches
+
+
+def test_batches_are_taken_one_at_a_time():
+    events = []
+
+    def stream():
+        for i in range(3):
+            events.append(f"batch {i}")
+            yield torch.randn(4, D_IN, dtype=torch.float64)
+
+    def noting(model, batch):
+        events.append("backward")
+        backward(model, batch)
+
+    calibrate(blocks(), LAYERS, stream(), noting)
+    assert events == ["batch 0", "backward", "batch 1", "backward", "batch 2", "backward"]
+
+
+# Whatever goes wrong, the model is as it was
+
+
+class Broken(RuntimeError):
+    """What a test raises."""
+
+
+def broken_before(model, batch):
+    raise Broken
+
+
+def broken_after(model, batch):
+    backward(model, batch)
+    raise Broken
+
+
+def broken_inside(model, batch):
+    """The first block's backward fails after the second's gradients were made."""
+    hidden = model[0](batch)
+    hidden.register_hook(broken_hook)
+    model[1](hidden).square().sum().backward()
+
+
+def broken_hook(gradient):
+    raise Broken
+
+
+@pytest.mark.parametrize("failing", [broken_before, broken_after, broken_inside])
+def test_an_exception_leaves_the_model_as_it_was(failing, unchanged):
+    model = blocks()
+    model[1].up.weight.requires_grad_(False)
+    with unchanged(model), pytest.raises(Broken):
+        calibrate(model, LAYERS, batches(), failing)
+    backward(model, batches()[0])
+    assert model[0].up.weight.grad is not None
+
+
+def test_an_exception_from_the_batches_leaves_the_model_as_it_was(unchanged):
+    def stream():
+        yield batches()[0]
+        raise Broken
+
+    model = blocks()
+    with unchanged(model), pytest.raises(Broken):
+        calibrate(model, LAYERS, stream(), backward)
+
+
+def test_a_nan_names_its_layer_and_leaves_the_model_as_it_was(unchanged):
+    model, inputs = blocks(), batches()
+    inputs[1][0, 0, 0] = float("nan")
+    with unchanged(model), pytest.raises(SparseGradError, match=r"layer '1\.down': .* NaN"):
+        calibrate(model, LAYERS, inputs, backward)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"all": ["0.up", "0.down"]}, r"'all' must share one shape .* '0.up' is 7 x 5, '0.down' is 5 x 7"),
+        ({"up": ["0.up", "2.up"]}, r"no layer '2.up'; its linear layers end in: up, down"),
+        ({"up": [""]}, "no layer ''"),
+        ({"norm": ["0.norm"]}, "'0.norm' is a LayerNorm, not a plain linear layer"),
+        ({"up": []}, "kind 'up' names no layer"),
+        ({}, "layers is empty"),
+        ({"a": ["0.up"], "b": ["0.up"]}, "'0.up' is named twice"),
+        ({"a": ["0.up", "0.up"]}, "'0.up' is named twice"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(layers, message, unchanged):
+    model = blocks()
+    with unchanged(model), pytest.raises(SparseGradError, match=message):
+        calibrate(model, layers, batches(), backward)
+
+
+@pytest.mark.parametrize("what", ["weight", "layer"])
+def test_a_shared_weight_is_refused(what, unchanged):
+    model = blocks()
+    if what == "weight":
+        model[1].up.weight = model[0].up.weight
+    else:
+        model[1].up = model[0].up
+    with unchanged(model), pytest.raises(SparseGradError, match=r"'0\.up' shares its weight with '1\.up'"):
+        calibrate(model, {"up": ["0.up"]}, batches(), backward)
+
+
+def test_gradients_that_are_there_are_not_thrown_away():
+    model = blocks()
+    backward(model, batches()[0])
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    with pytest.raises(SparseGradError, match="zero_grad"):
+        calibrate(model, LAYERS, batches(), backward)
+    for parameter, gradient in zip(model.parameters(), before, strict=True):
+        assert parameter.requires_grad
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_no_batch_is_an_error(unchanged):
+    model = blocks()
+    with unchanged(model), pytest.raises(SparseGradError, match="0 gradients were collected"):
+        calibrate(model, LAYERS, [], backward)
