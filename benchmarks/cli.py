@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -204,6 +205,8 @@ def _say(text: str, end: str = "\n") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; bad input is one line on stderr and exit code 2."""
     arguments = parser().parse_args(argv)
+    # An exception, so that the worker under way is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return arguments.handler(arguments)
     except ValueError as error:
@@ -212,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"sparsegrad-bench: {error}")
         return USAGE
+    except KeyboardInterrupt:
+        _say("\nsparsegrad-bench: interrupted; the records that were complete are kept")
+        return 130
     except OSError as error:
         _say(f"sparsegrad-bench: {error}")
         return USAGE

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -104,17 +102,17 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     """
     out = Path(out)
     records = list(records)
-    _write_bytes(_encode(record.to_csv(records)), out / "records.csv")
+    record.write_bytes(_encode(record.to_csv(records)), out / "records.csv")
     sections = []
     for position, (workload, regimes) in enumerate(tables.by_workload(records).items(), start=1):
         illustrations = []
         for kind in KINDS:
             illustration, png = _illustrate(kind, workload.title, regimes)
-            _write_bytes(png, out / f"{kind.stem}-{position}.png")
+            record.write_bytes(png, out / f"{kind.stem}-{position}.png")
             illustrations.append(illustration)
         sections.append(_section(workload, regimes, tuple(illustrations)))
     page = out / "index.html"
-    _write_bytes(_encode(render(records, sections)), page)
+    record.write_bytes(_encode(render(records, sections)), page)
     return page
 
 
@@ -201,17 +199,3 @@ def _data_uri(png: bytes) -> str:
 def _encode(text: str) -> bytes:
     # JSON can carry half of a surrogate pair, which has no UTF-8 form.
     return text.encode("utf-8", "replace")
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    """The twin of `record.write_text` for bytes: the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -231,7 +231,7 @@ def loads(text: str, source: str = "input") -> list[Record]:
     """The records of a JSON list; `source` names the text in errors. Raises `RecordError`."""
     try:
         raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a bare ValueError
         raise RecordError(f"{source} is not complete JSON ({error}); it may have been cut short") from error
     if not isinstance(raw, list):
         raise RecordError(f"{source} must hold a JSON list of records, got {type(raw).__name__}")
@@ -255,17 +255,17 @@ def read(path: str | os.PathLike) -> list[Record]:
 
 def write(records: Iterable[Record], path: str | os.PathLike) -> None:
     """Write the records as JSON in one stroke: a reader sees the old file or the new one, never half of it."""
-    write_text(dumps(records), path)
+    write_bytes(dumps(records).encode(), path)
 
 
-def write_text(text: str, path: str | os.PathLike) -> None:
-    """Write `text` to `path` atomically, through a temporary file in the same directory."""
+def write_bytes(content: bytes, path: str | os.PathLike) -> None:
+    """Write `content` to `path` atomically, through a temporary file in the same directory."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -289,6 +289,8 @@ def from_csv(text: str) -> list[Record]:
 
 
 def _parse(name: str, cell: str) -> object:
+    if cell is None or name is None:
+        raise RecordError("a row of the CSV has more or fewer cells than the header")
     allowed = _alternatives(_hints().get(name, str))
     if cell == "" and type(None) in allowed:
         return None

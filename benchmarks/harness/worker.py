@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from baselines.method import MethodError
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.protocol import Diverged, RunSpec, run
-from reports.record import Record, RecordError, dumps, read, write_text
+from reports.record import Record, RecordError, read, write
 from sparsegrad import SparseGradError
 
 DEFAULT_TIME_LIMIT_S = 1800
@@ -29,10 +31,9 @@ def run_in_process(spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S) ->
     """Measure one method on one workload in a new process; a worker that fails gives a record that says how."""
     with tempfile.TemporaryDirectory(prefix="sparsegrad-bench-") as folder:
         result = Path(folder, "record.json")
-        command = [sys.executable, "-m", "benchmarks.harness.worker", str(result)]
         # A session of its own, so that a worker that hangs is ended with its children.
         worker = subprocess.Popen(
-            command,
+            worker_command(result),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -56,6 +57,11 @@ def run_in_process(spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S) ->
         if worker.returncode == -signal.SIGKILL:
             return _failed(spec, "killed", "the worker was killed (SIGKILL); most often the system was out of memory")
         return _failed(spec, "crashed", f"the worker ended with code {worker.returncode}: {_last_line(errors)}")
+
+
+def worker_command(result: Path) -> list[str]:
+    """The command line of a worker that reads a spec from standard input and leaves its record in `result`."""
+    return [sys.executable, "-m", "benchmarks.harness.worker", str(result)]
 
 
 def _end(worker: subprocess.Popen) -> None:
@@ -92,10 +98,23 @@ def measure(spec: RunSpec) -> Record:
         return _failed(spec, "oom", next(line for line in str(error).splitlines() if "can't allocate" in line))
 
 
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however that ended: nobody would read the record."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     """Read a spec from standard input, leave a list of one record in the file that the argument names."""
+    _end_with_parent()
     spec = RunSpec.from_dict(json.load(sys.stdin))
-    write_text(dumps([measure(spec)]), sys.argv[1])
+    write([measure(spec)], sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -380,6 +380,13 @@ def test_an_exception_leaves_the_model_as_it_was(failing, unchanged):
     assert model[0].up.weight.grad is not None
 
 
+def test_a_hook_of_the_callers_that_fails_leaves_no_gradient(unchanged):
+    model = blocks()
+    model[1].down.weight.register_post_accumulate_grad_hook(broken_hook)  # it comes before calibrate's own
+    with unchanged(model), pytest.raises(Broken):
+        calibrate(model, LAYERS, batches(), backward)
+
+
 def test_an_exception_from_the_batches_leaves_the_model_as_it_was(unchanged):
     def stream():
         yield batches()[0]

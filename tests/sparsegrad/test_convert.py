@@ -135,11 +135,11 @@ def test_a_converted_model_gives_the_same_outputs_and_gradients(prepared, distan
     for one in (model, twin):
         loss_of(one, batch).backward()
     gradients = {n: p.grad for n, p in model.named_parameters()}
-    # Gradients are products of several such roundings.
-    within = 10 * ROUNDING[dtype]
+    within = ROUNDING[dtype]
     for n, parameter in twin.named_parameters():
         owner = n.removesuffix(".weight")
-        if parameter.grad is None or parameter.grad.abs().max() < 1e-6:  # a key's bias does not matter to attention
+        # A key's bias moves all scores of a query alike: its gradient is zero but for rounding.
+        if parameter.grad is None or n.endswith("key.bias"):
             continue
         if owner not in names:
             assert distance(gradients[n], parameter.grad) < within
@@ -179,8 +179,9 @@ def test_layers_of_a_kind_share_one_basis_and_keep_sharing_it(prepared):
     check(copy.deepcopy(model), torch.float64)
     assert copy.deepcopy(model)[0].up.basis is not model[0].up.basis
     check(model.to(torch.float32), torch.float32)
-    assert {buffer.device.type for buffer in model.to("meta").buffers()} == {"meta"}
-    check(model, torch.float32) if model[0].up.basis.U.device.type != "meta" else None
+    model.to("meta")
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert all(model.get_submodule(a).basis is model.get_submodule(b).basis for a, b in layers.values())
 
 
 @pytest.mark.parametrize(("budget", "expected"), [({"nnz": 3}, 3), ({"density": 0.2}, 7), ({"density": 1.0}, 35)])
@@ -238,7 +239,8 @@ def test_bfloat16_model_trains(prepared, distance):
     expected = output(twin, batch)
     rounding = distance(output(model, batch), expected)  # of the unconverted model in the same dtype
     convert(model, layers, bases, density=0.05)
-    assert distance(output(model, batch), expected) < 5 * max(rounding, 2**-8)
+    # A converted layer rounds six times (U, V, W~, X~, Y~, Y) where the linear one rounds once.
+    assert distance(output(model, batch), expected) < 6 * max(rounding, 2**-8)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, batch, optimizers(model), 3)
     assert all(p.isfinite().all() for p in model.parameters())
@@ -310,6 +312,14 @@ def test_layers_and_bases_that_do_not_fit(prepared, unchanged, orthogonal, what,
     change(bases, layers, orthogonal, what)
     with unchanged(model), pytest.raises(SparseGradError, match=message):
         convert(model, layers, bases, nnz=3)
+
+
+def test_a_budget_that_one_kind_cannot_hold(orthogonal, unchanged):
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 1)).double()
+    layers = {"large": ["0"], "small": ["1"]}
+    bases = random_bases(model, layers, orthogonal)
+    with unchanged(model), pytest.raises(SparseGradError, match="from 1 to 7 for a weight of 1 x 7, got 8"):
+        convert(model, layers, bases, nnz=8)
 
 
 def test_no_layers_at_all(prepared, unchanged):

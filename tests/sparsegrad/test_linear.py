@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsegrad import SparseAdam, SparseGradError, SparseGradLinear, TransitionMatrices, merge
 
@@ -85,6 +86,16 @@ def test_forward_and_backward_are_the_closed_forms(make, distance, shape, tokens
 def test_the_weight_lives_in_the_basis(make, distance):
     made = make(7, 5)
     assert distance(made.layer.weight, made.V @ made.linear.weight @ made.U.T) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotating_in_and_out_rounds_once(make, dtype):
+    made = make(61, 48, dtype=dtype)
+    expected = made.V @ made.linear.weight.double() @ made.U.T
+    half_a_unit = torch.finfo(dtype).eps / 2 * (1 + 1e-6)
+    torch.testing.assert_close(made.layer.weight.double(), expected, rtol=half_a_unit, atol=0)
+    expected = made.V.T @ made.layer.weight.double() @ made.U
+    torch.testing.assert_close(made.layer.to_linear().weight.double(), expected, rtol=half_a_unit, atol=0)
 
 
 class DenseGradient(torch.autograd.Function):
@@ -205,6 +216,21 @@ def test_both_products_are_right_where_dy_has_zeros(orthogonal, pattern, basis, 
             torch.tensor(list(kept.values()), dtype=torch.float64), values, rtol=1e-10, atol=1e-12
         )
         torch.testing.assert_close(values.abs().sort(descending=True).values, magnitudes[:nnz], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("product", "paid"), [("sparse-by-dense", 2), ("dense", 6)])
+def test_the_product_decides_which_tokens_backward_pays_for(make, product, paid):
+    tokens, d_out, d_in = 6, 7, 5
+    made = make(d_out, d_in, product=product)
+    x = torch.randn(tokens, d_in, dtype=torch.float64, requires_grad=True)
+    dy = torch.zeros(tokens, d_out, dtype=torch.float64)
+    dy[[1, 4]] = torch.randn(2, d_out, dtype=torch.float64)
+    y = made.layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.backward(dy)
+    # dL/dY V^T of all tokens; then dL/dW~, dL/dY~ W~ and its product with U of those that are not zero.
+    rotation, gradients = tokens * d_out * d_out, paid * (2 * d_out * d_in + d_in * d_in)
+    assert counter.get_total_flops() == 2 * (rotation + gradients)
 
 
 # Shapes of the input

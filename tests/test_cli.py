@@ -1,0 +1,112 @@
+"""The command line: records on stdout, progress on stderr, one clear line for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import cli
+from reports.record import read
+
+LAYER = ["run", "--layer", "12x20", "--batch", "2", "--seq", "3", "--calibration-steps", "2", "--timed-steps", "1"]
+
+
+def test_run_prints_records_in_the_order_of_methods(capsys):
+    assert (
+        cli.main([*LAYER, "--methods", "sparsegrad,full,lora[2]", "--equal-trainable", "lora[2]", "--json", "-"]) == 0
+    )
+    out, err = capsys.readouterr()
+    records = json.loads(out)
+    assert [r["method"] for r in records] == ["sparsegrad", "full", "lora"]
+    assert [r["status"] for r in records] == ["ok"] * 3
+    # r (D_in + D_out) entries for LoRA, as many for SparseGrad; full fine-tuning has no budget and is marked so.
+    assert [r["budget"] for r in records] == [2 * 32, None, 2]
+    assert [r["matched"] for r in records] == [True, False, True]
+    assert [r["budget_params"] for r in records] == [64, None, 64]
+    assert err.count(" ok, peak ") == 3
+
+
+def test_run_writes_a_file_and_report_reads_it(tmp_path, capsys):
+    path, out = tmp_path / "records.json", tmp_path / "report"
+    assert cli.main([*LAYER, "--methods", "full,head", "--json", str(path)]) == 0
+    assert [r.method for r in read(path)] == ["full", "head"]
+    assert cli.main(["report", str(path), str(path), "--out", str(out)]) == 0
+    assert (out / "index.html").is_file()
+    assert len((out / "records.csv").read_text().splitlines()) == 1 + 4
+    assert capsys.readouterr().out == ""
+
+
+def test_a_density_an_integer_and_the_default(capsys):
+    assert cli.main([*LAYER, "--methods", "random-mask[0.05],random-mask[7],random-mask", "--timed-steps", "0"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [r["budget"] for r in records] == [0.05, 7, 0.01]
+    assert [r["budget_params"] for r in records] == [12, 7, 2]  # of 240 entries
+    assert records[0]["step_time_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "12x20", "--methods", "loar"], "unknown method 'loar'; the registry has: full, head, lora"),
+        (["--layer", "12x20", "--methods", "sparsegrad[1.5]"], "density must be in (0, 1], got sparsegrad[1.5]"),
+        (["--layer", "12x20", "--methods", "sparsegrad[0]"], "must be at least 1"),
+        (["--layer", "12x20", "--methods", "sparsegrad[241]"], "must be at most 240 for these layers"),
+        (["--layer", "12x20", "--methods", "full[3]"], "full has no budget"),
+        (["--layer", "12x20", "--methods", "lora[7"], "cannot read the method"),
+        (["--layer", "12x20", "--equal-trainable", "full"], "one method that has a budget"),
+        (["--layer", "12x20", "--batch", "0"], "batch must be at least 1, got 0"),
+        (["--layer", "12x20", "--dtype", "int8"], "dtype must be one of"),
+        (["--layer", "12x20", "--lr", "-1"], "--lr must be positive"),
+        (["--layer", "12x20", "--targets", "attention"], "no family is known"),
+        (["--model", "minilm-l6", "--targets", "nothing"], "no linear layer of"),
+        (["--model", "no-such-model"], "unknown model 'no-such-model'"),
+        (["--model", "minilm-l6", "--data", "glue/sst2"], "--hub"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message, capsys):
+    assert cli.main(["run", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "--layer", "12"],
+        ["run", "--layer", "0x3"],
+        ["run", "--layer", "12x20", "--model", "minilm-l6"],
+        ["run", "--layer", "12x20", "--train-rest", "some"],
+        ["nonsense"],
+    ],
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_report_of_what_is_not_a_results_file(tmp_path, capsys):
+    for name, text in {"cut.json": '[{"method":', "other.json": '{"a": 1}'}.items():
+        (tmp_path / name).write_text(text)
+        assert cli.main(["report", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        assert name in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "absent.json"), "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from benchmarks import cli; cli.parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_every_command_has_examples(capsys):
+    for command in ("run", "report"):
+        with pytest.raises(SystemExit) as error:
+            cli.main([command, "--help"])
+        assert error.value.code == 0
+        assert "examples:" in capsys.readouterr().out
