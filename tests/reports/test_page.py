@@ -259,14 +259,14 @@ def test_interrupted_report_leaves_the_old_page(tmp_path, monkeypatch):
     path = page.write_report([LORA], tmp_path)
     before = path.read_bytes()
     names = sorted(entry.name for entry in tmp_path.iterdir())
-    replace_file = page.os.replace
+    replace_file = page.record.os.replace
 
     def fail_at_page(source, target):
         if target == path:
             raise OSError("no space")
         replace_file(source, target)
 
-    monkeypatch.setattr(page.os, "replace", fail_at_page)
+    monkeypatch.setattr(page.record.os, "replace", fail_at_page)
     with pytest.raises(OSError, match="no space"):
         page.write_report([FULL], tmp_path)
     assert path.read_bytes() == before
