@@ -104,6 +104,8 @@ def save(model: nn.Module, path: str | os.PathLike, optimizers: Sequence[Optimiz
     try:
         save_file(tensors, temporary, metadata={"format": FORMAT, "description": json.dumps(description)})
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise SparseGradError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

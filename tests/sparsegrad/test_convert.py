@@ -461,6 +461,15 @@ def test_saving_leaves_one_file_and_replaces_an_old_one(prepared, tmp_path):
     assert torch.equal(output(load(blank, path), batch), output(model, batch))
 
 
+@pytest.mark.parametrize("where", ["nowhere/model.safetensors", "folder"])
+def test_a_place_that_cannot_be_written(prepared, tmp_path, where):
+    (tmp_path / "folder").mkdir()
+    model, _, _, _ = trained(prepared)
+    with pytest.raises(SparseGradError, match=f"cannot write .*{where}"):
+        save(model, tmp_path / where)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
 def test_only_a_converted_model_is_saved(tmp_path):
     with pytest.raises(SparseGradError, match="Sequential holds no SparseGrad layer to save"):
         save(blocks(), tmp_path / "model.safetensors")
