@@ -28,15 +28,19 @@ def keep_unified(dy: Tensor, k: int) -> Tensor:
     return torch.linalg.vector_norm(dy, 1, dim=0).topk(k, sorted=False).indices.sort().values
 
 
-class ExampleFunction(torch.autograd.Function):
-    """`Y = X W^T + b`; both products of backward take `dL/dY` with k elements per row. dL/dW is dense."""
+class LinearFunction(torch.autograd.Function):
+    """The forward pass that the three share, `Y = X W^T + b`; each has a backward of its own."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, k):
         """x (T, D_in), weight (D_out, D_in) -> (T, D_out)."""
         ctx.save_for_backward(x, weight)
         ctx.k = k
-        return _linear(x, weight, bias)
+        return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+
+
+class ExampleFunction(LinearFunction):
+    """Both products of backward take `dL/dY` with k elements per row. dL/dW is dense."""
 
     @staticmethod
     @once_differentiable
@@ -50,15 +54,8 @@ class ExampleFunction(torch.autograd.Function):
         return dx, dweight, dy.sum(0) if need_bias else None, None
 
 
-class UnifiedFunction(torch.autograd.Function):
-    """`Y = X W^T + b`; both products take the same k outputs of `dL/dY`. dL/dW is k whole rows, as a COO tensor."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, k):
-        """x (T, D_in), weight (D_out, D_in) -> (T, D_out)."""
-        ctx.save_for_backward(x, weight)
-        ctx.k = k
-        return _linear(x, weight, bias)
+class UnifiedFunction(LinearFunction):
+    """Both products of backward take the same k outputs of `dL/dY`. dL/dW is k whole rows, as a COO tensor."""
 
     @staticmethod
     @once_differentiable
@@ -77,15 +74,8 @@ class UnifiedFunction(torch.autograd.Function):
         return dx, dweight, dy.sum(0) if need_bias else None, None
 
 
-class WeightFunction(torch.autograd.Function):
-    """`Y = X W^T + b`; dL/dX is exact, dL/dW keeps its k largest entries, as a COO tensor."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, k):
-        """x (T, D_in), weight (D_out, D_in) -> (T, D_out)."""
-        ctx.save_for_backward(x, weight)
-        ctx.k = k
-        return _linear(x, weight, bias)
+class WeightFunction(LinearFunction):
+    """dL/dX is exact, dL/dW keeps its k largest entries, as a COO tensor."""
 
     @staticmethod
     @once_differentiable
@@ -98,10 +88,6 @@ class WeightFunction(torch.autograd.Function):
         dweight = topk_gradient(dy, x, ctx.k, product) if need_weight else None
         dx = product.input_gradient(dy, weight) if need_x else None
         return dx, dweight, dy.sum(0) if need_bias else None, None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
 
 FUNCTIONS = {"example": ExampleFunction, "unified": UnifiedFunction, "weight": WeightFunction}

@@ -35,7 +35,7 @@ class MaskFunction(torch.autograd.Function):
         """dL/dY (T, D_out) -> dL/dX, dL/dvalues (k,), dL/db."""
         x, weight, index = ctx.saved_tensors
         need_x, need_values, _, need_bias, _, _ = ctx.needs_input_grad
-        dvalues = ctx.selection.select(dy, x, index.long()) if need_values else None
+        dvalues = ctx.selection.select(dy, x, index) if need_values else None
         dx = dy @ weight if need_x else None
         return dx, dvalues, None, dy.sum(0) if need_bias else None, None, None
 

@@ -134,7 +134,7 @@ def run_specs(arguments: argparse.Namespace) -> list:
     from baselines.registry import get, parse
     from benchmarks.harness import budget
     from benchmarks.harness.errors import InputError
-    from benchmarks.harness.protocol import RunSpec
+    from benchmarks.harness.spec import RunSpec
 
     for name in ("calibration_steps", "time_limit", "lr"):
         if not getattr(arguments, name) > 0:

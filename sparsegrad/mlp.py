@@ -63,7 +63,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
-# A task head is not a target: it trains in every method.
+# A head is never a target of `all-linear`.
 _HEADS = re.compile(r"(^|\.)(classifier|score|lm_head|qa_outputs)(\.|$)")
 
 

@@ -85,7 +85,7 @@ class Selection:
     """Fixed entries (rows, cols) of an (M, P) matrix, cut into row blocks so that a product can be made block by block.
 
     Args:
-        flat: sorted flat indices `row * P + col`, (k,).
+        flat: sorted flat indices `row * P + col`, (k,), of any integer type: each block's are widened by themselves.
         shape: (M, P).
         block_rows: rows per block; what `select` holds at once is one block of (block_rows, P).
     """
@@ -102,5 +102,5 @@ class Selection:
         for i, low, high in self.blocks:
             first = i * self.width
             block = a[:, first : first + self.width].T @ b
-            torch.take(block, flat[low:high] - first * b.shape[1], out=out[low:high])
+            torch.take(block, flat[low:high].long() - first * b.shape[1], out=out[low:high])
         return out

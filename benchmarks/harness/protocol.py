@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import numpy as np
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from baselines.method import Budget, Method, Setting, target_shapes
+from baselines.method import Method, Setting, target_shapes
 from baselines.registry import get
-from benchmarks.harness import models
 from benchmarks.harness.cuda import AllocatorMeter
 from benchmarks.harness.environment import environment, process_peak_bytes
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.memory import AllocatorTrace, Peak, Span, Tracker, steady_collection
-from benchmarks.harness.workload import BlockWorkload, LayerWorkload, ModelWorkload, Workload
+from benchmarks.harness.spec import RunSpec
+from benchmarks.harness.workload import Workload
 from reports.record import BREAKDOWN, Record
 
 WARM_UP_STEPS = 2
@@ -39,78 +39,6 @@ Phase = Callable[[str], AbstractContextManager]
 
 class Diverged(RuntimeError):
     """A loss that is not finite."""
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """One measured run: everything that a worker needs to know, as JSON can carry it."""
-
-    method: str
-    budget: Budget = None
-    matched: bool | None = None
-    equal_trainable: str | None = None
-    model: str | None = None
-    layer: tuple[int, int] | None = None  # D_in, D_out
-    block: tuple[int, int] | None = None
-    data: str | None = None
-    batch: int = 16
-    seq: int = 128
-    dtype: str = "float32"
-    adapter_dtype: str = "same"
-    attention: str = "sdpa"
-    optimizer_impl: str = "for-loop"
-    train_rest: str = "all"
-    targets: str = "mlp"
-    checkpointing: bool = False
-    lr: float = 1e-4
-    seed: int = 0
-    device: str = "cpu"
-    threads: int | None = None
-    calibration_steps: int = 30
-    timed_steps: int = 10
-    hub: bool = False
-
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, object]) -> RunSpec:
-        """From JSON: lists become tuples again."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-
-    def workload(self) -> Workload:
-        """The workload that the spec names. Raises `InputError`."""
-        named = [what for what in ("model", "layer", "block") if getattr(self, what) is not None]
-        if len(named) != 1:
-            raise InputError(f"give exactly one of --model, --layer and --block, got {', '.join(named) or 'none'}")
-        common = {name: getattr(self, name) for name in ("batch", "seq", "dtype", "device", "seed", "targets")}
-        if self.model is None:
-            if self.data is not None or self.checkpointing:
-                raise InputError("--data and --checkpointing go with --model, not with --layer or --block")
-            kind, shape = (LayerWorkload, self.layer) if self.layer else (BlockWorkload, self.block)
-            return kind(*shape, **common)
-        return ModelWorkload(
-            models.resolve(self.model, hub=self.hub),
-            data=self.data,
-            attention=self.attention,
-            checkpointing=self.checkpointing,
-            hub=self.hub,
-            **common,
-        )
-
-    def blank(self, workload_name: str, **outcome: object) -> Record:
-        """A record with this configuration and whatever else is given."""
-        shared = {f.name for f in fields(self)} & {f.name for f in fields(Record)} - {"model", "data", "attention"}
-        configuration = {name: getattr(self, name) for name in shared}
-        return Record(model=workload_name, **{**configuration, **outcome})
-
-    def label(self) -> str:
-        """The workload in words, without building it."""
-        for kind in ("layer", "block"):
-            if getattr(self, kind):
-                return f"{kind} {getattr(self, kind)[0]}x{getattr(self, kind)[1]}"
-        return str(self.model)
 
 
 @dataclass

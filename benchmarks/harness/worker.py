@@ -20,7 +20,8 @@ import torch
 from baselines.method import MethodError
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
-from benchmarks.harness.protocol import Diverged, RunSpec, run
+from benchmarks.harness.protocol import Diverged, run
+from benchmarks.harness.spec import RunSpec
 from reports.record import Record, RecordError, read, write
 from sparsegrad import SparseGradError
 

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 import torch
 
-from benchmarks.harness.protocol import RunSpec
+from benchmarks.harness.spec import RunSpec
 from sparsegrad import calibrate
 from sparsegrad.support import kept_energy
 

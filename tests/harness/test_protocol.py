@@ -10,7 +10,6 @@ from baselines.registry import methods
 from benchmarks.harness.memory import AllocatorTrace, Tracker, steady_collection
 from benchmarks.harness.protocol import (
     Diverged,
-    RunSpec,
     _untracked,
     build,
     measure_memory,
@@ -19,6 +18,7 @@ from benchmarks.harness.protocol import (
     run,
     training_step,
 )
+from benchmarks.harness.spec import RunSpec
 from reports.record import BREAKDOWN, PEAKS
 
 CORE = list(methods())

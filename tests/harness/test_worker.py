@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import worker
-from benchmarks.harness.protocol import RunSpec
+from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.worker import measure, run_in_process
 
 SPEC = RunSpec(method="lora", budget=2, layer=(16, 24), batch=2, seq=4, timed_steps=1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.harness.errors import InputError
-from benchmarks.harness.protocol import RunSpec
+from benchmarks.harness.spec import RunSpec
 from sparsegrad import SparseGradError
 
 

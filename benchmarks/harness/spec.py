@@ -1,0 +1,83 @@
+"""What a measured run is asked to do: a flat, JSON-able spec, and the workload that it names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from baselines.method import Budget
+from benchmarks.harness import models
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.workload import BlockWorkload, LayerWorkload, ModelWorkload, Workload
+from reports.record import Record
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One measured run: everything that a worker needs to know, as JSON can carry it."""
+
+    method: str
+    budget: Budget = None
+    matched: bool | None = None
+    equal_trainable: str | None = None
+    model: str | None = None
+    layer: tuple[int, int] | None = None  # D_in, D_out
+    block: tuple[int, int] | None = None
+    data: str | None = None
+    batch: int = 16
+    seq: int = 128
+    dtype: str = "float32"
+    adapter_dtype: str = "same"
+    attention: str = "sdpa"
+    optimizer_impl: str = "for-loop"
+    train_rest: str = "all"
+    targets: str = "mlp"
+    checkpointing: bool = False
+    lr: float = 1e-4
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    calibration_steps: int = 30
+    timed_steps: int = 10
+    hub: bool = False
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, object]) -> RunSpec:
+        """From JSON: lists become tuples again."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+    def workload(self) -> Workload:
+        """The workload that the spec names. Raises `InputError`."""
+        named = [what for what in ("model", "layer", "block") if getattr(self, what) is not None]
+        if len(named) != 1:
+            raise InputError(f"give exactly one of --model, --layer and --block, got {', '.join(named) or 'none'}")
+        common = {name: getattr(self, name) for name in ("batch", "seq", "dtype", "device", "seed", "targets")}
+        if self.model is None:
+            if self.data is not None or self.checkpointing:
+                raise InputError("--data and --checkpointing go with --model, not with --layer or --block")
+            kind, shape = (LayerWorkload, self.layer) if self.layer else (BlockWorkload, self.block)
+            return kind(*shape, **common)
+        return ModelWorkload(
+            models.resolve(self.model, hub=self.hub),
+            data=self.data,
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+            hub=self.hub,
+            **common,
+        )
+
+    def blank(self, workload_name: str, **outcome: object) -> Record:
+        """A record with this configuration and whatever else is given."""
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(Record)} - {"model", "data", "attention"}
+        configuration = {name: getattr(self, name) for name in shared}
+        return Record(model=workload_name, **{**configuration, **outcome})
+
+    def label(self) -> str:
+        """The workload in words, without building it."""
+        for kind in ("layer", "block"):
+            if getattr(self, kind):
+                return f"{kind} {getattr(self, kind)[0]}x{getattr(self, kind)[1]}"
+        return str(self.model)
