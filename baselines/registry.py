@@ -24,7 +24,8 @@ def methods() -> Mapping[str, type[Method]]:
     for info in pkgutil.iter_modules(baselines.__path__):
         module = importlib.import_module(f"baselines.{info.name}")
         for _, cls in inspect.getmembers(module, inspect.isclass):
-            if issubclass(cls, Method) and not inspect.isabstract(cls) and cls.__module__ == module.__name__:
+            # Its own classes only; Python 3.10 also takes aliases such as tuple[int, int] for classes.
+            if cls.__module__ == module.__name__ and issubclass(cls, Method) and not inspect.isabstract(cls):
                 if cls.name in found:
                     raise MethodError(
                         f"two classes are named {cls.name!r}: {found[cls.name].__name__} and {cls.__name__}"

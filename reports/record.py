@@ -279,7 +279,9 @@ def to_csv(records: Iterable[Record]) -> str:
     writer = csv.DictWriter(stream, [f.name for f in fields(Record)], lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow(record.to_dict())
+        row = record.to_dict()
+        # A NUL has no place in a CSV: readers stop at it, and Python 3.10 refuses to write it.
+        writer.writerow({k: v.replace("\0", "\ufffd") if isinstance(v, str) else v for k, v in row.items()})
     return stream.getvalue()
 
 
