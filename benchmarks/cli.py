@@ -7,6 +7,7 @@ import dataclasses
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,20 +111,43 @@ def _run(arguments: argparse.Namespace) -> int:
     from benchmarks.harness.worker import run_in_process
 
     specs = run_specs(arguments)
+    _check_destination(arguments.json)
     records = []
-    for i, spec in enumerate(specs, 1):
-        name = spec.method if spec.budget is None else f"{spec.method}[{spec.budget}]"
-        _say(f"[{i}/{len(specs)}] {spec.label()}, {name}, train-rest {spec.train_rest} ...", end="")
-        started = time.monotonic()
-        records.append(run_in_process(spec, arguments.time_limit))
-        _say(f" {_outcome(records[-1])} ({time.monotonic() - started:.0f} s)")
-        if arguments.json != "-":
-            write(records, arguments.json)
-    if arguments.json == "-":
-        sys.stdout.write(dumps(records))
-    else:
+    try:
+        for i, spec in enumerate(specs, 1):
+            name = spec.method if spec.budget is None else f"{spec.method}[{spec.budget}]"
+            _say(f"[{i}/{len(specs)}] {spec.label()}, {name}, train-rest {spec.train_rest} ...", end="")
+            started = time.monotonic()
+            records.append(run_in_process(spec, arguments.time_limit))
+            _say(f" {_outcome(records[-1])} ({time.monotonic() - started:.0f} s)")
+            if arguments.json != "-":
+                write(records, arguments.json)
+    finally:
+        # Also when interrupted: what is complete is kept.
+        if arguments.json == "-":
+            sys.stdout.write(dumps(records))
+            sys.stdout.flush()
+    if arguments.json != "-":
         _say(f"{len(records)} records in {arguments.json}")
     return OK
+
+
+def _check_destination(path: str) -> None:
+    """Raise `InputError` now, not after minutes of measuring, where records cannot be written."""
+    from benchmarks.harness.errors import InputError
+
+    if path == "-":
+        if sys.stdout is None:
+            raise InputError("standard output is closed; give --json PATH")
+    elif Path(path).is_dir():
+        raise InputError(f"--json {path} is a directory; give the path of a file")
+    else:
+        folder = Path(path).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
 def run_specs(arguments: argparse.Namespace) -> list:
@@ -139,6 +163,8 @@ def run_specs(arguments: argparse.Namespace) -> list:
     for name in ("calibration_steps", "time_limit", "lr"):
         if not getattr(arguments, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
     if arguments.timed_steps < 0 or (arguments.threads is not None and arguments.threads < 1):
         raise InputError("--timed-steps must not be negative, and --threads must be at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -154,9 +180,15 @@ def run_specs(arguments: argparse.Namespace) -> list:
     skeleton = workload.skeleton()
     shapes = target_shapes(skeleton, workload.layers(skeleton))
 
+    def or_default(name, value):
+        knob = get(name).knob
+        return knob.default if value is None and knob is not None else value
+
     reference = None
     if arguments.equal_trainable is not None:
         (reference_name, reference_budget), *more = parse(arguments.equal_trainable)
+        reference_budget = or_default(reference_name, reference_budget)
+        budget.check(reference_name, reference_budget, shapes)
         reference = budget.budget_params(reference_name, reference_budget, shapes)
         if more or reference is None:
             raise InputError(f"--equal-trainable takes one method that has a budget, got {arguments.equal_trainable!r}")
@@ -170,13 +202,7 @@ def run_specs(arguments: argparse.Namespace) -> list:
                 matched = value is not None
             else:
                 matched = (name, value) == (reference_name, reference_budget)
-        method = get(name)
-        spec = RunSpec(
-            method=name,
-            budget=value if method.knob is None or value is not None else method.knob.default,
-            matched=matched,
-            **common,
-        )
+        spec = RunSpec(method=name, budget=or_default(name, value), matched=matched, **common)
         budget.check(spec.method, spec.budget, shapes)
         specs.append(spec)
     return specs

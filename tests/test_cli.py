@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
+from baselines import method
 from benchmarks import cli
+from benchmarks.harness import models, worker
+from benchmarks.harness.spec import RunSpec
 from reports.record import read
 
 LAYER = ["run", "--layer", "12x20", "--batch", "2", "--seq", "3", "--calibration-steps", "2", "--timed-steps", "1"]
@@ -45,6 +48,67 @@ def test_a_density_an_integer_and_the_default(capsys):
     assert records[0]["step_time_s"] is None
 
 
+def test_the_reference_of_equal_trainable_may_be_a_default(capsys):
+    arguments = [*LAYER[:-1], "0", "--methods", "lora,sparsegrad", "--equal-trainable", "lora"]
+    assert cli.main(arguments) == 0
+    records = json.loads(capsys.readouterr().out)
+    # LoRA's default rank 7: 7 (12 + 20) entries.
+    assert [(r["budget"], r["matched"], r["budget_params"]) for r in records] == [(7, True, 224), (224, True, 224)]
+
+
+@pytest.mark.parametrize("path", ["folder", "file/records.json", "/proc/no/records.json", ""])
+def test_where_records_cannot_be_written_nothing_is_measured(path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(worker, "run_in_process", lambda *_: pytest.fail("measured all the same"))
+    assert cli.main([*LAYER, "--methods", "full", "--json", path]) == 2
+    err = capsys.readouterr().err
+    assert f"--json {path} " in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_closed_standard_output_is_told_before_measuring(monkeypatch, capsys):
+    monkeypatch.setattr(worker, "run_in_process", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main([*LAYER, "--methods", "full"]) == 2
+    assert "standard output is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_an_interruption_keeps_the_complete_records(to_file, tmp_path, monkeypatch, capsys):
+    def interrupted_at_the_head(spec, _):
+        if spec.method == "head":
+            raise KeyboardInterrupt
+        return spec.blank(spec.label(), peak_step_bytes=1)
+
+    monkeypatch.setattr(worker, "run_in_process", interrupted_at_the_head)
+    path = tmp_path / "records.json"
+    assert cli.main([*LAYER, "--methods", "full,head", "--json", str(path) if to_file else "-"]) == 130
+    out, err = capsys.readouterr()
+    assert [r["method"] for r in json.loads(path.read_text() if to_file else out)] == ["full"]
+    assert "kept" in err
+
+
+def test_defaults_and_choices_are_those_of_the_harness():
+    run = cli.parser().parse_args(["run", "--layer", "2x3"])
+    spec = RunSpec(method="full")
+    for name in ("data", "hub", "targets", "train_rest", "adapter_dtype", "batch", "seq", "dtype", "attention"):
+        assert getattr(run, name) == getattr(spec, name), name
+    for name in ("checkpointing", "lr", "seed", "threads", "calibration_steps", "timed_steps"):
+        assert getattr(run, name) == getattr(spec, name), name
+    assert run.time_limit == worker.DEFAULT_TIME_LIMIT_S
+    known = {
+        "--train-rest": method.TRAIN_REST,
+        "--adapter-dtype": method.ADAPTER_DTYPES,
+        "--optimizer-impl": method.OPTIMIZER_IMPLS,
+        "--attention": models.ATTENTIONS,
+    }
+    for option, words in known.items():
+        for word in words:
+            cli.parser().parse_args(["run", "--layer", "2x3", option, word])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -55,6 +119,11 @@ def test_a_density_an_integer_and_the_default(capsys):
         (["--layer", "12x20", "--methods", "full[3]"], "full has no budget"),
         (["--layer", "12x20", "--methods", "lora[7"], "cannot read the method"),
         (["--layer", "12x20", "--equal-trainable", "full"], "one method that has a budget"),
+        (
+            ["--layer", "12x20", "--methods", "sparsegrad", "--equal-trainable", "lora[13]"],
+            "must be at most 12 for these layers, got lora[13]",
+        ),
+        (["--layer", "12x20", "--seed", "99999999999999999999"], "--seed must be from 0 to 4294967295"),
         (["--layer", "12x20", "--batch", "0"], "batch must be at least 1, got 0"),
         (["--layer", "12x20", "--dtype", "int8"], "dtype must be one of"),
         (["--layer", "12x20", "--lr", "-1"], "--lr must be positive"),

@@ -6,7 +6,8 @@ and its values). This covers eager, foreach and fused optimizers, custom autogra
 gradients alike.
 
 What is NOT counted: what a kernel allocates inside itself and frees before it returns (`kernel_workspace_bytes` says
-how much that was, from the allocator's own trace), memory that is not torch's, and alignment.
+how much that was, from the allocator's own trace), the random states that checkpointing saves (5056 bytes a block, made
+and kept outside dispatch; the trace has them too), memory that is not torch's, and alignment.
 
 Storages made outside dispatch (`from_pretrained` fills weights so) are found by `Tracker.adopt`, which walks what it is
 given. The log of events is kept as it happens; peaks and categories are computed from it afterwards, when it is known
@@ -296,14 +297,26 @@ class AllocatorTrace:
 
     def __exit__(self, *exception: object) -> None:
         self._profiler.__exit__(*exception)
-        changes = self._changes()
         total = most = 0
-        for change in changes:
-            total += change
+        sizes: dict[int, int] = {}  # address -> bytes, of what was allocated since the start and lives
+        for address, change in self._changes():
+            if change > 0:
+                sizes[address] = change
+                total += change
+            else:
+                # torch also reports that blocks of an earlier trace are freed, in the size that they had then.
+                total -= sizes.pop(address, 0)
             most = max(most, total)
         self.peak_bytes, self.left_bytes = most, total
 
-    def _changes(self) -> Iterable[int]:
-        events = [e for e in self._profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        # Kineto does not promise the order; one thread allocates, so its clock gives it back.
-        return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    def _changes(self) -> Iterable[tuple[int, int]]:
+        """(address, change in bytes) of every allocation and every free, in their order."""
+        events, pending = [], list(self._profiler.profiler.kineto_results.experimental_event_tree())
+        while pending:
+            event = pending.pop()
+            pending.extend(event.children)
+            if event.name == "[memory]":
+                events.append(event)
+        # The tree is not in order; one thread allocates, so its clock gives it back.
+        events.sort(key=lambda event: event.start_time_ns)
+        return [(event.extra_fields.ptr, event.extra_fields.alloc_size) for event in events]

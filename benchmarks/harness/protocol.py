@@ -63,8 +63,6 @@ def run(spec: RunSpec) -> Record:
     return spec.blank(
         workload.name,
         data=workload.data,
-        attention=workload.attention,
-        device_semantics="cuda" if spec.device.startswith("cuda") else "cpu",
         **plain,
         **tracked,
         **environment(spec.device),
@@ -133,20 +131,20 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
     tracker.adopt(model)
 
     preparation, preparation_trace = _track_preparation(tracker, method, model, workload.batches())
-    tracker.mark("basis", list(method.basis_tensors(model)))
-    tracker.mark("parameter", model)
     counts = method.counts(model, shapes)
     state = ready(spec, workload, method, model)
+    _mark_what_stays(tracker, state)
 
     # An iterator of its own: what the preparation drew must not change what is measured.
     batch = next(workload.batches())
     tracker.mark("activation", batch)
     with tracker:
         losses = [training_step(state, batch, tracker.phase) for _ in range(WARM_UP_STEPS)]
-    tracker.mark("optimizer", *state.optimizers)
+    _mark_what_stays(tracker, state)
 
     spans: dict[str, list[Span]] = {}
     updated: list[int] = []
+    torch.manual_seed(spec.seed)
     with tracker, steady_collection():
         first = tracker.position
         for _ in range(method.period):
@@ -165,6 +163,8 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
     }
     step = tracker.peak(first, last)
     peaks = {f"peak_{name}_bytes": max(tracker.peak(s.start, s.end).bytes for s in spans[name]) for name in spans}
+    # The dropout of the tracked steps again: which stripes of dL/dY are zero, and so are skipped, depends on it.
+    torch.manual_seed(spec.seed)
     if device.type == "cuda":
         return {**result, **_metered(state, batch, step, resident, preparation, tracker)}
     with steady_collection(), AllocatorTrace() as trace:
@@ -176,7 +176,8 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
         **breakdown(step),
         "resident_bytes": resident,
         "peak_step_bytes": step.bytes,
-        "peak_phase": _phase_of(step, spans, tracker),
+        # No birth in a step: it starts with its peak.
+        "peak_phase": step.phase or "forward",
         "peak_eval_bytes": tracker.peak(evaluation.start, evaluation.end).bytes,
         "peak_preparation_bytes": tracker.peak(preparation.start, preparation.end).bytes,
         "kernel_workspace_bytes": trace.peak_bytes - tracker.peak_of_born(first, last),
@@ -194,6 +195,14 @@ def _track_preparation(tracker: Tracker, method: Method, model: nn.Module, batch
         span = stack.enter_context(tracker.phase("preparation"))
         method.prepare(model, batches)
     return span, trace
+
+
+def _mark_what_stays(tracker: Tracker, state: Trained) -> None:
+    """Say what is basis, optimizer state and parameter now: a step may replace what it does not update in place."""
+    tracker.mark("basis", list(state.method.basis_tensors(state.model)))
+    tracker.mark("optimizer", *state.optimizers)
+    # Not the module, which has its gradients too.
+    tracker.mark("parameter", [*state.model.parameters(), *state.model.buffers()])
 
 
 def _tracked_step(
@@ -215,8 +224,7 @@ def _tracked_step(
             tracker.mark("gradient", gradients(state.model), [t.grad for t in state.workload.inputs(batch)])
             updated.append(sum(written_entries(g) for g in gradients(state.model)))
         else:
-            # State that a step replaces rather than updates.
-            tracker.mark("optimizer", *state.optimizers)
+            _mark_what_stays(tracker, state)
 
     return training_step(state, batch, phase, after)
 
@@ -245,7 +253,7 @@ def written_entries(gradient: Tensor) -> int:
 def state_params(optimizers: Sequence[Optimizer]) -> int:
     """Entries for which optimizers keep moments: for each parameter, the largest of its state tensors."""
     return sum(
-        max((value.numel() for value in state.values() if isinstance(value, Tensor) and value.dim() > 0), default=0)
+        max((value.numel() for name, value in state.items() if isinstance(value, Tensor) and name != "step"), default=0)
         for optimizer in optimizers
         for state in optimizer.state.values()
     )
@@ -254,14 +262,6 @@ def state_params(optimizers: Sequence[Optimizer]) -> int:
 def breakdown(peak: Peak) -> dict[str, int]:
     """The breakdown fields of a record; they add up to the peak exactly."""
     return {name: peak.by_category[name.removesuffix("_bytes")] for name in BREAKDOWN}
-
-
-def _phase_of(step: Peak, spans: dict[str, list[Span]], tracker: Tracker) -> str | None:
-    """The phase in which the step's peak is first reached."""
-    for name, parts in spans.items():
-        if any(tracker.peak(part.start, part.end).bytes == step.bytes for part in parts):
-            return name
-    return None
 
 
 def _untracked(_: str) -> AbstractContextManager:
@@ -310,14 +310,15 @@ def measure_plain(spec: RunSpec, workload: Workload) -> dict[str, object]:
     _wait(spec.device)
     preparation = time.perf_counter() - started
     state = ready(spec, workload, method, model)
-    batches = list(islice(workload.batches(), spec.timed_steps))
+    # Drawn one by one, apart from the time: batches that wait for their step would raise the high-water mark.
+    batches = workload.batches()
     with Snapshot(model) as before:
-        for batch in batches[:WARM_UP_STEPS]:
+        for batch in islice(batches, WARM_UP_STEPS):
             training_step(state, batch, _untracked)
         seconds = []
         with steady_collection():
-            _wait(spec.device)
-            for batch in batches:
+            for batch in islice(batches, spec.timed_steps):
+                _wait(spec.device)
                 started = time.perf_counter()
                 training_step(state, batch, _untracked)
                 _wait(spec.device)
@@ -332,7 +333,7 @@ def measure_plain(spec: RunSpec, workload: Workload) -> dict[str, object]:
         "preparation_time_s": preparation,
         "process_peak_bytes": high_water,
         "touched_params": touched,
-        "touched_steps": min(WARM_UP_STEPS, len(batches)) + len(batches),
+        "touched_steps": WARM_UP_STEPS + len(seconds),
     }
 
 

@@ -71,9 +71,14 @@ class RunSpec:
 
     def blank(self, workload_name: str, **outcome: object) -> Record:
         """A record with this configuration and whatever else is given."""
-        shared = {f.name for f in fields(self)} & {f.name for f in fields(Record)} - {"model", "data", "attention"}
-        configuration = {name: getattr(self, name) for name in shared}
-        return Record(model=workload_name, **{**configuration, **outcome})
+        # A record's timed_steps are those that were timed, not those that were asked for.
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(Record)} - {"timed_steps"}
+        configuration = {name: getattr(self, name) for name in shared} | {
+            "model": workload_name,
+            "attention": self.attention if self.model else None,
+            "device_semantics": "cuda" if self.device.startswith("cuda") else "cpu",
+        }
+        return Record(**configuration | outcome)
 
     def label(self) -> str:
         """The workload in words, without building it."""

@@ -26,6 +26,7 @@ from reports.record import Record, RecordError, read, write
 from sparsegrad import SparseGradError
 
 DEFAULT_TIME_LIMIT_S = 1800
+LONGEST_WAIT_S = 2_000_000  # poll() takes milliseconds in a C int
 
 
 def run_in_process(spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S) -> Record:
@@ -43,7 +44,7 @@ def run_in_process(spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S) ->
             start_new_session=True,
         )
         try:
-            _, errors = worker.communicate(json.dumps(spec.to_dict()), timeout=time_limit_s)
+            _, errors = worker.communicate(json.dumps(spec.to_dict()), timeout=min(time_limit_s, LONGEST_WAIT_S))
         except subprocess.TimeoutExpired:
             _end(worker)
             return _failed(spec, "timeout", f"the worker was ended after its time limit of {time_limit_s:g} s")
@@ -61,8 +62,11 @@ def run_in_process(spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S) ->
 
 
 def worker_command(result: Path) -> list[str]:
-    """The command line of a worker that reads a spec from standard input and leaves its record in `result`."""
-    return [sys.executable, "-m", "benchmarks.harness.worker", str(result)]
+    """The command line of a worker that reads a spec from standard input and leaves its record in `result`.
+
+    The worker is told who started it: asked later, the system could name whoever took over an orphan.
+    """
+    return [sys.executable, "-m", "benchmarks.harness.worker", str(result), str(os.getpid())]
 
 
 def _end(worker: subprocess.Popen) -> None:
@@ -79,7 +83,13 @@ def _last_line(errors: str) -> str:
 
 
 def _failed(spec: RunSpec, status: str, reason: str) -> Record:
-    return spec.blank(spec.label(), status=status, reason=reason, **environment("cpu"))
+    # Asking for a GPU's name would open a CUDA context in this process, which measures nothing.
+    known = environment("cpu")
+    if spec.device != "cpu":
+        known["device_name"] = None
+    if spec.threads:
+        known["threads"] = spec.threads
+    return spec.blank(spec.label(), status=status, reason=reason, **known)
 
 
 def measure(spec: RunSpec) -> Record:
@@ -99,9 +109,8 @@ def measure(spec: RunSpec) -> Record:
         return _failed(spec, "oom", next(line for line in str(error).splitlines() if "can't allocate" in line))
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, however that ended: nobody would read the record."""
-    parent = os.getppid()
+def _end_with_parent(parent: int) -> None:
+    """End this process when the process that started it is gone, however that ended: nobody would read the record."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -112,10 +121,11 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Read a spec from standard input, leave a list of one record in the file that the argument names."""
-    _end_with_parent()
+    """Read a spec from standard input, leave a list of one record in the file that the first argument names."""
+    result, parent = sys.argv[1:]
+    _end_with_parent(int(parent))
     spec = RunSpec.from_dict(json.load(sys.stdin))
-    write([measure(spec)], sys.argv[1])
+    write([measure(spec)], result)
 
 
 if __name__ == "__main__":

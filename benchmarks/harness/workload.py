@@ -42,7 +42,6 @@ class Workload(ABC):
 
     name: str
     data: str | None = None
-    attention: str | None = None
     # Whether Y outlives backward: a layer's next neighbour holds it, a model's outputs are dropped.
     keeps_outputs: bool = False
 
@@ -154,8 +153,11 @@ class ShapeWorkload(Workload):
         generator = torch.Generator(device=self.device).manual_seed(self.seed)
         options = {"generator": generator, "dtype": self.dtype, "device": self.device}
         while True:
-            x = torch.randn(self.batch, self.seq, self.d_in, **options).requires_grad_()
-            yield x, torch.randn(self.batch, self.seq, self.width, **options)
+            # No names: a generator that waits keeps what it has named alive.
+            yield (
+                torch.randn(self.batch, self.seq, self.d_in, **options).requires_grad_(),
+                torch.randn(self.batch, self.seq, self.width, **options),
+            )
 
     def forward(self, model, batch):
         """Y."""
@@ -165,7 +167,7 @@ class ShapeWorkload(Workload):
     def backward(self, result):
         """From dL/dY; there is no loss."""
         y, dy = result.held
-        # An evaluation-like model may not depend on anything that trains.
+        # Not where nothing that trains leads to Y.
         if y.requires_grad:
             torch.autograd.backward(y, dy)
 
@@ -214,6 +216,8 @@ class ModelWorkload(Workload):
     ):
         super().__init__(**options)
         longest = getattr(source.config, "max_position_embeddings", None)
+        if "roberta" in source.config.model_type:
+            longest -= source.config.pad_token_id + 1  # where its positions start
         if longest is not None and self.seq > longest:
             raise InputError(f"seq must be at most {longest} for {source.name}, got {self.seq}")
         self.source, self.attention, self.checkpointing = source, attention, checkpointing
@@ -304,7 +308,9 @@ class ModelWorkload(Workload):
     def backward(self, result):
         """From the loss."""
         loss = result.held.loss
-        loss.backward()
+        # Not where nothing trains: a method may find nothing of its own in a model.
+        if loss.requires_grad:
+            loss.backward()
         return float(loss.detach())
 
     def padding_fraction(self, batch):

@@ -251,6 +251,17 @@ def test_the_allocator_trace_counts_what_is_allocated():
     assert (trace.peak_bytes, trace.left_bytes) == (1500, 1200)
 
 
+def test_a_trace_knows_nothing_of_what_an_earlier_one_saw_allocated():
+    with AllocatorTrace():
+        old = torch.empty(1000, dtype=torch.uint8)
+    with AllocatorTrace() as trace:
+        kept = torch.empty(300, dtype=torch.uint8)
+        del old
+        torch.empty(100, dtype=torch.uint8)
+    assert (trace.peak_bytes, trace.left_bytes) == (400, 300)
+    del kept
+
+
 def test_what_a_kernel_allocates_inside_is_seen_by_the_trace_alone():
     a = torch.randn(64, 64, dtype=torch.float64)
     a = a + a.T

@@ -1,5 +1,7 @@
 """Workers: whatever happens to one is a record with a status, and no process is left behind."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -79,7 +81,7 @@ def test_a_worker_ends_with_its_parent(tmp_path):
             sys.executable,
             "-c",
             "from benchmarks.harness import worker; import sys; "
-            f"worker.worker_command = lambda result: [sys.executable, '-c', {code!r}, str(result)]; "
+            f"worker.worker_command = lambda r: [sys.executable, '-c', {code!r}, str(r), str(worker.os.getpid())]; "
             "worker.run_in_process(worker.RunSpec(method='full', layer=(2, 3)))",
         ]
     )
@@ -90,6 +92,30 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     parent.kill()
     parent.wait()
     assert _ends(int(pid_file.read_text()))
+
+
+def test_a_worker_whose_parent_is_gone_before_it_asks_ends(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    command = [sys.executable, "-m", "benchmarks.harness.worker", str(tmp_path / "record.json"), str(gone.pid)]
+    ended = subprocess.run(command, input=json.dumps(SPEC.to_dict()), text=True, timeout=120)
+    assert ended.returncode == 1
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_failed_record_carries_what_was_asked_for(monkeypatch):
+    stand_in(monkeypatch, "raise SystemError")
+    asked = {"model": "gpt2", "attention": "eager", "data": "movie", "device": "cuda", "threads": 3}
+    record = run_in_process(RunSpec(method="full", **asked))
+    assert {name: getattr(record, name) for name in asked} == asked
+    assert record.device_semantics == "cuda"
+    assert record.device_name is None  # never asked, and not the processor's
+    assert record.timed_steps is None  # nothing was timed
+
+
+def test_no_time_limit(monkeypatch):
+    stand_in(monkeypatch, "raise SystemError")
+    assert run_in_process(SPEC, time_limit_s=math.inf).status == "crashed"
 
 
 def _ends(pid):
@@ -140,6 +166,4 @@ def test_what_a_method_cannot_do_is_refused():
 
 
 def test_a_spec_survives_json():
-    import json
-
     assert RunSpec.from_dict(json.loads(json.dumps(SPEC.to_dict()))) == SPEC

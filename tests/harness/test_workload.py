@@ -1,6 +1,7 @@
 """Workloads: what their batches are, and that a layer's input and upstream gradient are what the definitions say."""
 
 import json
+import weakref
 from itertools import islice
 
 import pytest
@@ -48,6 +49,21 @@ def test_shape_batches(shape, width):
     assert torch.equal(x, again[0])
     first, second = islice(w.batches(), 2)
     assert not torch.equal(first[0], second[0])
+
+
+def test_batches_that_were_drawn_are_held_by_nobody_else():
+    batches = workload(layer=(5, 7)).batches()
+    x, dy = next(batches)
+    held = [weakref.ref(x), weakref.ref(dy)]
+    del x, dy
+    assert [reference() for reference in held] == [None, None]
+
+
+def test_a_model_in_which_nothing_trains_has_a_loss_and_no_backward(config):
+    w = workload(model=config, batch=1, seq=4)
+    model = w.build().requires_grad_(False)
+    assert w.backward(w.forward(model, next(w.batches()))) > 0
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_block_is_up_gelu_down_twice():
@@ -146,6 +162,7 @@ def test_checkpointing_recomputes_the_same_gradients(config):
         ({"layer": (2, 3), "dtype": "float16"}, "dtype must be one of"),
         ({"layer": (2, 3), "data": "trec"}, "go with --model"),
         ({"model": "minilm-l6", "seq": 513}, "seq must be at most 512"),
+        ({"model": "roberta-base", "seq": 513}, "seq must be at most 512"),  # of its 514 positions
         ({"model": "minilm-l6", "data": "poems"}, "unknown data set 'poems'"),
         ({"model": "nowhere"}, "unknown model 'nowhere'"),
         ({"model": "bert-base", "data": "trec"}, "no tokenizer"),
