@@ -129,6 +129,9 @@ def _run(arguments: argparse.Namespace) -> int:
             sys.stdout.flush()
     if arguments.json != "-":
         _say(f"{len(records)} records in {arguments.json}")
+    failed = [record.status for record in records if record.status != "ok"]
+    if failed:
+        _say(f"{len(failed)} of {len(records)} runs did not end ok: {', '.join(failed)}")
     return OK
 
 

@@ -58,7 +58,7 @@ class Record:
     )
     budget: int | float | str | None = _f("the method's knob as given: an integer count, a density in (0, 1], or AxB")
     matched: bool | None = _f(
-        "with equal_trainable: whether the method's budget was matched (False: it has none to match)"
+        "with equal_trainable: whether the budget was matched (False: the method has none, or was given its own)"
     )
     equal_trainable: str | None = _f("the reference whose budget_params the other methods were matched to")
     targets: str = _f("which linear layers the method acts on", "mlp")
@@ -75,6 +75,7 @@ class Record:
     attention: str | None = _f("attention implementation; None where there is no attention")
     optimizer_impl: str = _f("implementation of AdamW: for-loop, foreach or fused", "for-loop")
     checkpointing: bool = _f("activation checkpointing", False)
+    calibration_steps: int | None = _f("backward passes that a method which calibrates may draw while it prepares")
     lr: float | None = _f("learning rate of every optimizer")
     seed: int = _f("seed of weights that are new, of data and of dropout", 0)
     device: str = _f("device that ran the step", "cpu")

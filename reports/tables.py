@@ -15,7 +15,7 @@ MIB = 2**20
 # From here on digits stop helping a reader (and Python refuses to print very long integers): the power of ten is shown.
 UNREADABLE = 10**18
 
-UNMATCHED = "unmatched: no budget to match"
+UNMATCHED = "unmatched"
 
 # What two records must share for the ratio of their memory or time to mean anything.
 CONDITIONS = (
@@ -106,8 +106,10 @@ def status(record: Record) -> str:
 
 
 def matching(record: Record) -> str:
-    """Whether the method's budget was matched to the reference's."""
-    return {True: "matched", False: UNMATCHED, None: MISSING}[record.matched]
+    """Whether the method's budget was matched to the reference's, and why it was not."""
+    if record.matched is False:
+        return f"{UNMATCHED}: {'no budget to match' if record.budget is None else 'a budget of its own'}"
+    return "matched" if record.matched else MISSING
 
 
 def summary(records: Sequence[Record]) -> str:

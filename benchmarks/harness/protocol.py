@@ -274,6 +274,8 @@ def _metered(
     """CUDA: peaks from the allocator; the tracker tells what they were, and rounding and workspaces are the rest."""
     meter = AllocatorMeter(torch.device(state.workload.device))
     with steady_collection():
+        # What earlier passes left in the cache is not this step's.
+        torch.cuda.empty_cache()
         for _ in range(state.method.period):
             training_step(state, batch, meter.phase)
         live = meter.live()

@@ -237,6 +237,9 @@ class ModelWorkload(Workload):
         model = self.source.build(self.num_labels, self.dtype, self.attention, self.seed).to(self.device)
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers makes the embeddings' output require gradients, which this kind of checkpointing does not
+            # need and which would send `head` backwards through the whole body.
+            model.disable_input_require_grads()
         return model
 
     def skeleton(self):

@@ -142,6 +142,18 @@ def test_skeletons_have_shapes_and_no_memory(config):
         assert w.layers(skeleton) == w.layers(real)
 
 
+def test_checkpointing_does_not_send_a_frozen_body_backwards(config):
+    w = workload(model=config, batch=2, seq=8, checkpointing=True)
+    model = w.build()
+    model.requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(True)
+    hidden = []
+    model.model.layers[-1].register_forward_hook(lambda *arguments: hidden.append(arguments[2]))
+    w.run_backward(model, next(w.batches()))
+    assert model.get_output_embeddings().weight.grad is not None
+    assert not hidden[0].requires_grad
+
+
 def test_checkpointing_recomputes_the_same_gradients(config):
     gradients = []
     for checkpointing in (False, True):

@@ -94,11 +94,16 @@ def test_status_other_than_ok_comes_with_its_reason(name):
 
 
 @pytest.mark.parametrize(
-    ("matched", "text"),
-    [(True, "matched"), (False, "unmatched: no budget to match"), (None, tables.MISSING)],
+    ("matched", "budget", "text"),
+    [
+        (True, 7, "matched"),
+        (False, None, "unmatched: no budget to match"),
+        (False, 8, "unmatched: a budget of its own"),
+        (None, 7, tables.MISSING),
+    ],
 )
-def test_matching(matched, text):
-    assert tables.matching(replace(LORA, matched=matched)) == text
+def test_matching(matched, budget, text):
+    assert tables.matching(replace(LORA, matched=matched, budget=budget)) == text
 
 
 def test_row_shows_what_the_record_holds():
