@@ -105,11 +105,14 @@ class LoRA(Method):
     def prepare(self, model, batches):
         """Wrap the target layers and set what trains. New weights come from the setting's seed."""
         self.check_model(model)
-        dtype = torch.float32 if self.setting.adapter_dtype == "float32" else None
         alpha = self.alpha_over_rank * self.budget
+
+        def build(layer: nn.Module) -> LoRALinear:
+            return LoRALinear(layer, self.budget, alpha, self.setting.own_dtype(layer.weight.dtype))
+
         with torch.random.fork_rng():
             torch.manual_seed(self.setting.seed + SEED_OFFSET)
-            replace_layers(model, self.target_names(), lambda layer: LoRALinear(layer, self.budget, alpha, dtype))
+            replace_layers(model, self.target_names(), build)
         layers = [layer for _, layer in adapted_layers(model)]
         own = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
         self.freeze(model, own, [layer.weight for layer in layers])
@@ -125,8 +128,7 @@ class LoRA(Method):
 
     def formula(self, shape, tokens, dtype):
         """W; A and B with gradient and moments; X A^T (T, r) is saved beside X."""
-        own_dtype = torch.float32 if self.setting.adapter_dtype == "float32" else dtype
-        own = size(self.layer_params(shape), own_dtype)
+        own = size(self.layer_params(shape), self.setting.own_dtype(dtype))
         return LayerBytes(
             parameter=size(shape[0] * shape[1], dtype) + own,
             gradient=own,

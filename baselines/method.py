@@ -56,6 +56,10 @@ class Setting:
             if getattr(self, name) not in known:
                 raise MethodError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
+    def own_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of parameters that a method adds to weights of `model_dtype`."""
+        return torch.float32 if self.adapter_dtype == "float32" else model_dtype
+
 
 @dataclass(frozen=True)
 class Knob:

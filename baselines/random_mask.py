@@ -26,7 +26,7 @@ class MaskFunction(torch.autograd.Function):
     def forward(ctx, x, values, weight, bias, index, selection):
         """x (T, D_in), values (k,), weight (D_out, D_in) holding them at index (k,) -> (T, D_out)."""
         ctx.save_for_backward(x, weight, index)
-        ctx.selection = selection
+        ctx.selection, ctx.values_dtype = selection, values.dtype
         return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
     @staticmethod
@@ -35,7 +35,7 @@ class MaskFunction(torch.autograd.Function):
         """dL/dY (T, D_out) -> dL/dX, dL/dvalues (k,), dL/db."""
         x, weight, index = ctx.saved_tensors
         need_x, need_values, _, need_bias, _, _ = ctx.needs_input_grad
-        dvalues = ctx.selection.select(dy, x, index) if need_values else None
+        dvalues = ctx.selection.select(dy, x, index).to(ctx.values_dtype) if need_values else None
         dx = dy @ weight if need_x else None
         return dx, dvalues, None, dy.sum(0) if need_bias else None, None, None
 
@@ -48,23 +48,24 @@ class MaskedLinear(AdaptedLinear):
     Args:
         linear: nn.Linear or Conv1D; the weight's storage is shared.
         index: sorted flat positions in (D_out, D_in), int32 or int64, (k,).
+        dtype: dtype of the values; None for the weight's. A wider one keeps updates that the weight would round away.
     """
 
     index: Tensor
 
-    def __init__(self, linear: nn.Module, index: Tensor):
+    def __init__(self, linear: nn.Module, index: Tensor, dtype: torch.dtype | None = None):
         weight = source_weight(linear).contiguous()
         super().__init__(weight.shape[1], weight.shape[0], is_transposed(linear))
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", linear.bias)
         self.register_buffer("index", index)
-        self.values = nn.Parameter(torch.take(weight, index.long()))
+        self.values = nn.Parameter(torch.take(weight, index.long()).to(dtype or weight.dtype))
         self.selection = Selection(index, tuple(weight.shape), max(1, -(-self.out_features // BLOCK_FRACTION)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         # Through .data: writing the same values again must not invalidate the weight that an earlier forward saved.
-        self.weight.data.put_(self.index.long(), self.values.detach())
+        self.weight.data.put_(self.index.long(), self.values.detach().to(self.weight.dtype))
         rows = x.reshape(-1, self.in_features)
         y = MaskFunction.apply(rows, self.values, self.weight, self.bias, self.index, self.selection)
         return y.view(*x.shape[:-1], self.out_features)
@@ -72,7 +73,7 @@ class MaskedLinear(AdaptedLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """The weight with the trained entries in place."""
-        return self.weight.detach().put_(self.index.long(), self.values)
+        return self.weight.detach().put_(self.index.long(), self.values.to(self.weight.dtype))
 
     def extra_repr(self) -> str:
         """Shape, bias and budget."""
@@ -93,7 +94,7 @@ class RandomMask(EntryMethod):
             weight = source_weight(layer)
             chosen = torch.randperm(weight.numel(), generator=generator)[: self.entries(tuple(weight.shape))]
             positions = chosen.sort().values.to(weight.device, position_dtype(weight.numel()))
-            return MaskedLinear(layer, positions)
+            return MaskedLinear(layer, positions, self.setting.own_dtype(weight.dtype))
 
         replace_layers(model, self.target_names(), build)
         layers = [layer for _, layer in adapted_layers(model)]
@@ -106,7 +107,7 @@ class RandomMask(EntryMethod):
     def formula(self, shape, tokens, dtype):
         """W; k values with gradient and moments; k int32 positions."""
         k = self.entries(shape)
-        own = size(k, dtype)
+        own = size(k, self.setting.own_dtype(dtype))
         return LayerBytes(
             parameter=size(shape[0] * shape[1], dtype) + own,
             gradient=own,

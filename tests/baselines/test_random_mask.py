@@ -189,3 +189,22 @@ def test_basis_tensors_are_the_positions(build_model, apply):
     method = apply("random-mask", model, budget=5)
     found = list(method.basis_tensors(model))
     assert [id(tensor) for tensor in found] == [id(layer.index) for _, layer in adapted_layers(model)]
+
+
+def test_float32_values_of_a_bfloat16_model_keep_small_updates(build_model, apply, train):
+    moved = {}
+    for dtype in ("same", "float32"):
+        model = build_model("bert", torch.bfloat16)
+        method = apply("random-mask", model, budget=7, adapter_dtype=dtype)
+        layers = [layer for _, layer in adapted_layers(model)]
+        before = [layer.values.detach().clone() for layer in layers]
+        # Adam's first step is lr for every entry: far below a bfloat16 step of most weights, 2^-8 of the value.
+        train(method, model, count=1, lr=1e-6)
+        moved[dtype] = [(layer.values != old).double().mean() for layer, old in zip(layers, before, strict=True)]
+        for layer in layers:
+            expected = layer.values.detach().to(torch.bfloat16)
+            assert torch.equal(torch.take(layer.effective_weight(), layer.index.long()), expected)
+            assert layer.values.grad.dtype == layer.values.dtype
+            assert layer.weight.dtype == torch.bfloat16
+    assert all(share == 1 for share in moved["float32"])
+    assert sum(moved["same"]) < 0.5 * len(moved["same"])
