@@ -120,6 +120,24 @@ def test_workspace_is_the_allocators_excess_over_the_tracker(dtype):
     assert tracker.live_bytes + trace.peak_bytes == result["peak_step_bytes"] + result["kernel_workspace_bytes"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", ["lora", "random-mask", "sparsegrad"])
+def test_preparation_workspace_is_the_allocators_excess_too(method, dtype):
+    """Two more builds: one prepared under the tracker alone, one under the trace alone."""
+    a_spec = spec(method, dtype=dtype, **BLOCK)
+    peaks = []
+    for watch in (Tracker(), AllocatorTrace()):
+        workload = a_spec.workload()
+        method_, model, _ = build(a_spec, workload)
+        if isinstance(watch, Tracker):
+            watch.adopt(model)
+        start = watch.position if isinstance(watch, Tracker) else None
+        with steady_collection(), watch:
+            method_.prepare(model, workload.batches())
+        peaks.append(watch.peak_bytes if start is None else watch.peak_of_born(start))
+    assert memory(a_spec)["preparation_workspace_bytes"] == peaks[1] - peaks[0]
+
+
 def test_full_fine_tuning_of_a_layer_has_the_closed_form():
     d_in, d_out, tokens = 37, 53, 33
     result = memory(spec("full", **LAYER))
