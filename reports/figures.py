@@ -6,23 +6,18 @@ wide page is too small to read once the page is as wide as a phone.
 
 from __future__ import annotations
 
-import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from PIL import Image
 
 from reports import tables
 from reports.palette import CATEGORY_COLOURS, LIGHT, Theme, method_colour
 from reports.record import BREAKDOWN, COUNTS, Record
+from reports.sheet import WIDE, Layout, Sheet, draw_note, panel_width, points, row_label
 
 Panels = Mapping[str, Sequence[Record]]
 
@@ -33,40 +28,11 @@ LARGEST_DRAWN = 2**63
 NOT_OBTAINED = "not obtained"
 TOO_LARGE = "too large to draw"
 
-REGIMES = {
-    "all": "train_rest = all: the rest of the model trains too",
-    "none": "train_rest = none: the rest of the model is frozen",
-}
 BREAKDOWN_TITLE = "Live memory at the instant of the step's peak"
 COUNTS_TITLE = "Parameter counts"
 
 _MARKERS = dict(zip(COUNTS, "osD^v", strict=True))
 _HATCH = "////"
-# Device pixels per CSS pixel, for sharp text on dense screens.
-_DENSITY = 1.5
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The size a figure is drawn for, in CSS pixels, and how many panels stand side by side."""
-
-    name: str
-    width: int
-    columns: int
-    font: int
-
-    @property
-    def line(self) -> int:
-        """The height of a line of text."""
-        return round(self.font * 1.5)
-
-    def fits(self, width: float) -> int:
-        """How many characters of ordinary text fit in `width`."""
-        return max(8, int(width / (0.6 * self.font)))
-
-
-WIDE = Layout("wide", width=1280, columns=2, font=12)
-NARROW = Layout("narrow", width=358, columns=1, font=11)
 
 
 def breakdown(workload: str, panels: Panels, layout: Layout = WIDE, theme: Theme = LIGHT) -> bytes:
@@ -74,7 +40,7 @@ def breakdown(workload: str, panels: Panels, layout: Layout = WIDE, theme: Theme
     panels = drawn(panels)
     records = [record for group in panels.values() for record in group]
     row = 2 * layout.line + 8
-    sheet = _Sheet(f"{BREAKDOWN_TITLE}: {workload}", _breakdown_legend(records, theme), layout, theme)
+    sheet = Sheet(f"{BREAKDOWN_TITLE}: {workload}", _breakdown_legend(records, theme), layout, theme)
     axes = sheet.add_panels({regime: len(group) * row for regime, group in panels.items()}, left=30)
     limit = max((_extent(record) for record in records), default=0) / tables.MIB
     for regime, group in panels.items():
@@ -105,7 +71,7 @@ def counts(workload: str, panels: Panels, layout: Layout = WIDE, theme: Theme = 
     records = [record for group in panels.values() for record in group]
     lane = layout.line - 3
     row = layout.line + len(COUNTS) * lane + 10
-    sheet = _Sheet(f"{COUNTS_TITLE}: {workload}", _counts_legend(records, theme), layout, theme)
+    sheet = Sheet(f"{COUNTS_TITLE}: {workload}", _counts_legend(records, theme), layout, theme)
     axes = sheet.add_panels({regime: len(group) * row for regime, group in panels.items()}, left=92)
     low, high = _decades([getattr(record, name) for record in records for name in COUNTS])
     for regime, group in panels.items():
@@ -117,10 +83,10 @@ def counts(workload: str, panels: Panels, layout: Layout = WIDE, theme: Theme = 
         ax.set_xlabel("parameters (entries), log scale")
         ax.set_ylabel("method [budget]")
         ax.yaxis.set_major_locator(NullLocator())
-        ax.yaxis.set_label_coords(-64 / _width(ax, layout), 0.5)
+        ax.yaxis.set_label_coords(-64 / panel_width(ax, layout), 0.5)
         for position, record in enumerate(group):
             top = position * row
-            _row_label(ax, record, _variation(record, group), _source_text(record), top, layout, theme)
+            row_label(ax, record, _variation(record, group), _source_text(record), top, layout, theme)
             for index, name in enumerate(COUNTS):
                 middle = top + layout.line + (index + 0.5) * lane
                 _lane_label(ax, _count_name(name), middle, layout, theme)
@@ -140,122 +106,6 @@ def counts_alt(workload: str, panels: Panels) -> str:
 def drawn(panels: Panels) -> dict[str, list[Record]]:
     """The records of `panels` that a figure draws: the first `MOST_DRAWN` of each."""
     return {regime: list(group[:MOST_DRAWN]) for regime, group in panels.items()}
-
-
-class _Sheet:
-    """A figure laid out in CSS pixels from its top edge: title, legend, then panels in columns."""
-
-    pad = 10
-
-    def __init__(self, title: str, legend: list[Patch | Line2D], layout: Layout, theme: Theme):
-        self.layout, self.theme, self.legend = layout, theme, legend
-        text = _printable(title)
-        self.title = textwrap.wrap(text, layout.fits(0.72 * (layout.width - 2 * self.pad)), max_lines=4) or [""]
-        self.legend_columns = min(len(legend), max(2, layout.width // 165))
-        self.legend_rows = math.ceil(len(legend) / self.legend_columns)
-        self.figure = Figure(facecolor=theme.background)
-
-    def add_panels(self, heights: Mapping[str, float], left: float) -> dict[str, Axes]:
-        """One axes per regime whose y axis counts pixels downwards; `left` is the room for what stands beside it."""
-        font, line, width = self.layout.font, self.layout.line, self.layout.width
-        above, below = 1.8 * line, 3.2 * line
-        columns = min(self.layout.columns, len(heights)) or 1
-        heights = {regime: max(height, 7 * line) for regime, height in heights.items()}  # room for the y label
-        regimes = list(heights)
-        rows = [regimes[start : start + columns] for start in range(0, len(regimes), columns)]
-        head = self.pad + len(self.title) * line * 1.2 + self.legend_rows * line * 1.15
-        tallest = [max(heights[regime] for regime in row) for row in rows]
-        total = head + sum(tallest) + len(rows) * (above + below) + self.pad
-        self.figure.set_size_inches(width / 100, total / 100)
-
-        axes = {}
-        top = head
-        for row, height in zip(rows, tallest, strict=True):
-            for column, regime in enumerate(row):
-                x = column * width / columns + self.pad + left
-                w = width / columns - left - 2 * self.pad - 6
-                y = total - top - above - heights[regime]
-                box = (x / width, y / total, w / width, heights[regime] / total)
-                axes[regime] = self._panel(box, heights[regime])
-                self.figure.text(
-                    (x - left) / width,
-                    1 - (top + 0.9 * line) / total,
-                    REGIMES[regime],
-                    fontsize=_points(font),
-                    color=self.theme.foreground,
-                    va="center",
-                )
-            top += height + above + below
-        self._head(total, font, line)
-        return axes
-
-    def _panel(self, box: tuple[float, float, float, float], height: float) -> Axes:
-        theme, font = self.theme, self.layout.font
-        ax = self.figure.add_axes(box, facecolor=theme.background)
-        ax.set_ylim(height, 0)
-        ax.xaxis.label.set(fontsize=_points(font), color=theme.muted)
-        ax.yaxis.label.set(fontsize=_points(font), color=theme.muted)
-        ax.tick_params(axis="x", labelsize=_points(font - 1), colors=theme.muted, length=_points(4))
-        ax.grid(axis="x", color=theme.line, linewidth=0.6)
-        ax.set_axisbelow(True)
-        for side, spine in ax.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(theme.line)
-        return ax
-
-    def _head(self, total: float, font: int, line: int) -> None:
-        x = self.pad / self.layout.width
-        self.figure.text(
-            x,
-            1 - self.pad / total,
-            "\n".join(self.title),
-            fontsize=_points(font + 2),
-            fontweight="bold",
-            color=self.theme.foreground,
-            va="top",
-            parse_math=False,
-        )
-        legend = self.figure.legend(
-            handles=self.legend,
-            loc="upper left",
-            bbox_to_anchor=(x, 1 - (self.pad + len(self.title) * line * 1.2) / total),
-            borderaxespad=0,
-            borderpad=0.2,
-            ncols=self.legend_columns,
-            frameon=False,
-            fontsize=_points(font),
-            labelcolor=self.theme.foreground,
-            handlelength=1.4,
-            columnspacing=1.4,
-        )
-        legend.set_in_layout(False)
-
-    def png(self) -> bytes:
-        """The sheet as PNG bytes, the same for the same records."""
-        self.figure.set_dpi(100 * _DENSITY)
-        canvas = FigureCanvasAgg(self.figure)
-        canvas.draw()
-        # Flat colours need no more than a palette, and a page embeds many images: this makes them a third as large.
-        image = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
-        palette = image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        stream = io.BytesIO()
-        palette.save(stream, format="PNG", optimize=True)
-        return stream.getvalue()
-
-
-def _points(pixels: float) -> float:
-    """CSS pixels as points, on a figure of 100 pixels an inch."""
-    return pixels * 72 / 100
-
-
-def _printable(text: str) -> str:
-    """`text` on one line, without characters that no font draws."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
-
-
-def _shorten(text: str, width: int) -> str:
-    text = _printable(text)
-    return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 
 def _category_name(field: str) -> str:
@@ -299,37 +149,6 @@ def _variation(record: Record, group: Sequence[Record]) -> str:
     return ", ".join(f"{name} {tables.plain(getattr(record, name))}" for name in names)
 
 
-def _width(ax: Axes, layout: Layout) -> float:
-    """The width of the plotting area in CSS pixels."""
-    return ax.get_position().width * layout.width
-
-
-def _row_label(ax: Axes, record: Record, variation: str, right: str, top: float, layout: Layout, theme: Theme) -> None:
-    """The record's name over its row on the left, and `right` at the other end of the same line."""
-    room = layout.fits(_width(ax, layout)) - len(right) - 3
-    baseline = top + layout.line * 0.55
-    shared = {"transform": ax.get_yaxis_transform(), "va": "center", "clip_on": True, "parse_math": False}
-    name = f"{record.label} · {variation}" if variation else record.label
-    ax.text(0.008, baseline, _shorten(name, room), fontsize=_points(layout.font), color=theme.foreground, **shared)
-    ax.text(1, baseline, right, ha="right", fontsize=_points(layout.font), color=theme.foreground, **shared)
-
-
-def _note(ax: Axes, text: str, middle: float, layout: Layout, theme: Theme) -> None:
-    """What stands in place of a mark that cannot be drawn."""
-    ax.text(
-        0.008,
-        middle,
-        _shorten(text, layout.fits(_width(ax, layout))),
-        transform=ax.get_yaxis_transform(),
-        fontsize=_points(layout.font - 1),
-        fontstyle="italic",
-        color=theme.muted,
-        va="center",
-        clip_on=True,
-        parse_math=False,
-    )
-
-
 def _segments(record: Record) -> list[tuple[str, int]]:
     """The obtained categories of the record's peak, in stacking order."""
     return [(name, getattr(record, name)) for name in BREAKDOWN if getattr(record, name)]
@@ -356,14 +175,14 @@ def _breakdown_row(ax: Axes, record: Record, variation: str, top: float, layout:
         total = _total_text(record)
     else:
         total = f"total {NOT_OBTAINED}" if _segments(record) else _source_text(record)
-    _row_label(ax, record, variation, total, top, layout, theme)
+    row_label(ax, record, variation, total, top, layout, theme)
     bar_top, height = top + layout.line + 1, layout.line - 3
     if _length(record) == 0:
         nothing = "0" if record.peak_step_bytes == 0 else f"{NOT_OBTAINED}{_failure(record)}"
-        _note(ax, nothing, bar_top + height / 2, layout, theme)
+        draw_note(ax, nothing, bar_top + height / 2, layout, theme)
         return
     if _extent(record) == 0:
-        _note(ax, TOO_LARGE, bar_top + height / 2, layout, theme)
+        draw_note(ax, TOO_LARGE, bar_top + height / 2, layout, theme)
         return
     hatch = _HATCH if record.source == "predicted" else None
     left = 0.0
@@ -416,13 +235,13 @@ def _decades(values: Sequence[int | None]) -> tuple[float, float]:
 
 def _lane_label(ax: Axes, text: str, middle: float, layout: Layout, theme: Theme) -> None:
     ax.text(
-        -5 / _width(ax, layout),
+        -5 / panel_width(ax, layout),
         middle,
         text,
         transform=ax.get_yaxis_transform(),
         ha="right",
         va="center_baseline",
-        fontsize=_points(layout.font - 1),
+        fontsize=points(layout.font - 1),
         color=theme.muted,
     )
 
@@ -430,11 +249,11 @@ def _lane_label(ax: Axes, text: str, middle: float, layout: Layout, theme: Theme
 def _count_lane(ax: Axes, record: Record, name: str, middle: float, layout: Layout, theme: Theme) -> None:
     value = getattr(record, name)
     if value is None:
-        _note(ax, NOT_OBTAINED, middle, layout, theme)
+        draw_note(ax, NOT_OBTAINED, middle, layout, theme)
         return
     if value == 0 or value >= LARGEST_DRAWN:
         note = "0 (no place on a log scale)" if value == 0 else f"{tables.count(value)}, {TOO_LARGE}"
-        _note(ax, note, middle, layout, theme)
+        draw_note(ax, note, middle, layout, theme)
         return
     predicted = record.source == "predicted"
     ax.plot(
@@ -442,7 +261,7 @@ def _count_lane(ax: Axes, record: Record, name: str, middle: float, layout: Layo
         [middle],
         linestyle="none",
         marker=_MARKERS[name],
-        markersize=_points(layout.font - 4),
+        markersize=points(layout.font - 4),
         markerfacecolor=theme.background if predicted else method_colour(record.method),
         markeredgecolor=method_colour(record.method) if predicted else theme.foreground,
         markeredgewidth=1.2 if predicted else 0.6,
@@ -452,11 +271,11 @@ def _count_lane(ax: Axes, record: Record, name: str, middle: float, layout: Layo
     ax.annotate(
         tables.count(value),
         (value, middle),
-        xytext=(_points(-8 if right_half else 8), 0),
+        xytext=(points(-8 if right_half else 8), 0),
         textcoords="offset points",
         ha="right" if right_half else "left",
         va="center",
-        fontsize=_points(layout.font - 2),
+        fontsize=points(layout.font - 2),
         color=theme.foreground,
     )
 
@@ -476,7 +295,7 @@ def _legend_marker(marker: str, label: str, fill: str, theme: Theme) -> Line2D:
         [],
         linestyle="none",
         marker=marker,
-        markersize=_points(8),
+        markersize=points(8),
         markerfacecolor=fill,
         markeredgecolor=theme.foreground,
         markeredgewidth=0.8,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from reports import figures, palette, record, tables
+from reports import figures, palette, record, sheet, tables
 from reports.record import Record
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -164,7 +164,7 @@ def _illustrate(kind: Kind, title: str, panels: figures.Panels) -> tuple[Illustr
     """The illustration, and the wide, light rendering, which also goes into a file of its own."""
     pngs = {
         (layout.name, theme.name): kind.draw(title, panels, layout, theme)
-        for layout in (figures.WIDE, figures.NARROW)
+        for layout in (sheet.WIDE, sheet.NARROW)
         for theme in (palette.LIGHT, palette.DARK)
     }
     images = tuple(Image(layout, theme, _data_uri(png)) for (layout, theme), png in pngs.items())

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from reports import figures, palette
+from reports import figures, palette, sheet
 from reports.record import BREAKDOWN, COUNTS, STATUSES, Record
 
 MIB = 2**20
@@ -33,7 +33,7 @@ REALISTIC = {
     + [replace(EMPTY, method="sparsegrad", budget=0.01, status="oom", reason="out of memory " * 20, train_rest=regime)]
     for regime in ("all", "none")
 }
-LAYOUTS = [figures.WIDE, figures.NARROW]
+LAYOUTS = [sheet.WIDE, sheet.NARROW]
 THEMES = [palette.LIGHT, palette.DARK]
 DRAW = [figures.breakdown, figures.counts]
 
@@ -59,8 +59,8 @@ def widths(image: Image.Image) -> dict[str, int]:
 @pytest.fixture
 def drawn_figure(monkeypatch):
     """Draws with a function of `figures` and gives the matplotlib figure instead of its PNG bytes."""
-    monkeypatch.setattr(figures._Sheet, "png", lambda sheet: sheet.figure)
-    return lambda draw, panels, layout=figures.WIDE, theme=palette.LIGHT: draw("w", panels, layout, theme)
+    monkeypatch.setattr(sheet.Sheet, "png", lambda sheet: sheet.figure)
+    return lambda draw, panels, layout=sheet.WIDE, theme=palette.LIGHT: draw("w", panels, layout, theme)
 
 
 def texts(figure) -> list[str]:
@@ -69,7 +69,7 @@ def texts(figure) -> list[str]:
 
 @pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
 def test_bar_lengths_are_proportional_to_bytes(theme):
-    bar = widths(pixels(figures.breakdown("w", {"all": [ONE]}, figures.WIDE, theme)))
+    bar = widths(pixels(figures.breakdown("w", {"all": [ONE]}, sheet.WIDE, theme)))
     total = sum(bar.values())
     for name, size in SIZES.items():
         # Each segment loses a pixel or two to the outlines at its ends.
@@ -81,13 +81,13 @@ def test_bar_lengths_are_proportional_to_bytes(theme):
 def test_image_is_a_png_as_wide_as_its_layout(draw, layout):
     png = draw("w", REALISTIC, layout)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    assert pixels(png).width == pytest.approx(layout.width * figures._DENSITY, abs=1)
+    assert pixels(png).width == pytest.approx(layout.width * sheet.DENSITY, abs=1)
 
 
 @pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
 @pytest.mark.parametrize("draw", DRAW)
 def test_background_is_the_theme_s(draw, theme):
-    assert pixels(draw("w", REALISTIC, figures.NARROW, theme)).getpixel((0, 0)) == rgb(theme.background)
+    assert pixels(draw("w", REALISTIC, sheet.NARROW, theme)).getpixel((0, 0)) == rgb(theme.background)
 
 
 @pytest.mark.parametrize("draw", DRAW)
@@ -217,7 +217,7 @@ def test_no_text_overlaps_another_or_leaves_the_image(draw, panels, layout, draw
 @pytest.mark.parametrize("draw", DRAW)
 def test_every_status_is_drawn(draw, status):
     one = replace(COUNTED, status=status, reason="why")
-    assert draw("w", {"all": [one, replace(EMPTY, status=status)]}, figures.NARROW)
+    assert draw("w", {"all": [one, replace(EMPTY, status=status)]}, sheet.NARROW)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_every_status_is_drawn(draw, status):
 )
 @pytest.mark.parametrize("draw", DRAW)
 def test_absurd_records_are_drawn(draw, one):
-    assert draw(one.method, {"all": [one], "none": [one, EMPTY]}, figures.NARROW).startswith(b"\x89PNG")
+    assert draw(one.method, {"all": [one], "none": [one, EMPTY]}, sheet.NARROW).startswith(b"\x89PNG")
 
 
 def test_value_past_every_machine_is_printed_and_leaves_the_scale_alone(drawn_figure):
