@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from reports.timeline import Timeline
+
 SCHEMA_VERSION = 1
 
 STATUSES = ("ok", "oom", "killed", "crashed", "timeout", "diverged", "refused")
@@ -37,6 +39,14 @@ BREAKDOWN = (
 )
 PEAKS = ("peak_forward_bytes", "peak_backward_bytes", "peak_optimizer_bytes")
 COUNTS = ("trainable_params", "updated_params", "state_params", "touched_params", "budget_params")
+# How the steps of two workers were brought together: in turns, round by round, or, where two models do not fit at once,
+# in blocks of rounds with one model in memory at a time.
+PAIRINGS = ("rounds", "blocks")
+# The level of the interval around a paired ratio of times. Not 95 %: of two honest 95 % intervals of the same ratio,
+# each holds the other's median in five of six cases only.
+RATIO_CONFIDENCE = 0.99
+
+_NEVER_NEGATIVE = ("_bytes", "_params", "_s", "_ratio", "_low", "_high")
 
 
 class RecordError(ValueError):
@@ -109,6 +119,9 @@ class Record:
     activation_bytes: int | None = _f("at that instant: born in forward and alive when it returned, the batch included")
     temporary_bytes: int | None = _f("at that instant: the rest")
     peak_phase: str | None = _f("the phase of the step in which peak_step_bytes occurred")
+    timeline: str | None = _f(
+        "live bytes by category through that step, a series (reports/timeline.py); not a column of the CSV"
+    )
 
     # --- parameter counts
     total_params: int | None = _f("entries of all parameters, adapters included")
@@ -120,9 +133,19 @@ class Record:
     budget_params: int | None = _f("what the method's budget stands for and what is matched between methods")
 
     # --- time, seconds (a pass of its own, no tracker)
-    step_time_s: float | None = _f("median time of a training step")
-    step_time_min_s: float | None = _f("fastest of the timed steps")
-    step_time_max_s: float | None = _f("slowest of the timed steps")
+    step_time_s: float | None = _f("median time of a training step over the rounds")
+    step_time_min_s: float | None = _f("time of a step in the fastest round")
+    step_time_max_s: float | None = _f("time of a step in the slowest round")
+    reference_step_time_s: float | None = _f("median time of full fine-tuning's step in the same rounds")
+    step_time_ratio: float | None = _f(
+        "median over the rounds of the step's time to that of full fine-tuning's neighbouring step"
+    )
+    step_time_ratio_low: float | None = _f(f"lower end of the ratio's {RATIO_CONFIDENCE:.0%} bootstrap interval")
+    step_time_ratio_high: float | None = _f(f"upper end of the ratio's {RATIO_CONFIDENCE:.0%} bootstrap interval")
+    pairing: str | None = _f(
+        "rounds: the two workers step in turns; blocks: one model in memory at a time, a ratio for each pair of blocks"
+    )
+    timed_rounds: int | None = _f("the number of rounds behind the times; a round is one period of the method's steps")
     timed_steps: int | None = _f("the number of steps behind the times")
     preparation_time_s: float | None = _f("time the method took to prepare, untracked steps included")
     loss_first: float | None = _f("loss of the first step")
@@ -144,7 +167,7 @@ class Record:
             value = getattr(self, name)
             if not _fits(value, hint):
                 raise RecordError(f"field {name!r} must be {_describe(hint)}, got {value!r}")
-            if name.endswith(("_bytes", "_params", "_s")) and isinstance(value, int | float) and value < 0:
+            if name.endswith(_NEVER_NEGATIVE) and isinstance(value, int | float) and value < 0:
                 if name not in ("kernel_workspace_bytes", "preparation_workspace_bytes"):
                     raise RecordError(f"field {name!r} must not be negative, got {value!r}")
         for name, allowed in (
@@ -155,6 +178,13 @@ class Record:
         ):
             if getattr(self, name) not in allowed:
                 raise RecordError(f"field {name!r} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.pairing not in (None, *PAIRINGS):
+            raise RecordError(f"field 'pairing' must be one of {', '.join(PAIRINGS)} or null, got {self.pairing!r}")
+        if self.timeline is not None:
+            try:
+                Timeline.loads(self.timeline, BREAKDOWN)
+            except ValueError as error:
+                raise RecordError(f"field 'timeline': {error}") from error
         if self.schema_version != SCHEMA_VERSION:
             raise RecordError(
                 f"schema_version {self.schema_version} is not readable here; this suite reads {SCHEMA_VERSION}"
@@ -229,19 +259,38 @@ def dumps(records: Iterable[Record]) -> str:
 
 
 def loads(text: str, source: str = "input") -> list[Record]:
-    """The records of a JSON list; `source` names the text in errors. Raises `RecordError`."""
+    """The records of a JSON list, or of pytest-benchmark's JSON, which carries each in its benchmark's `extra_info`.
+
+    Benchmarks that are not of this suite hold no record and are passed over, unless there is no other. `source` names
+    the text in errors. Raises `RecordError`.
+    """
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a bare ValueError
         raise RecordError(f"{source} is not complete JSON ({error}); it may have been cut short") from error
+    if isinstance(raw, dict) and "benchmarks" in raw:
+        raw = _of_benchmarks(raw["benchmarks"], source)
     if not isinstance(raw, list):
-        raise RecordError(f"{source} must hold a JSON list of records, got {type(raw).__name__}")
+        raise RecordError(
+            f"{source} must hold a JSON list of records or pytest-benchmark's JSON, got {type(raw).__name__}"
+        )
     records = []
     for position, entry in enumerate(raw):
         try:
             records.append(Record.from_dict(entry))
         except RecordError as error:
             raise RecordError(f"{source}, record {position}: {error}") from error
+    return records
+
+
+def _of_benchmarks(benchmarks: object, source: str) -> list[object]:
+    """What the benchmarks of pytest-benchmark's JSON carry that is meant to be a record."""
+    if not isinstance(benchmarks, list):
+        raise RecordError(f"{source}: the benchmarks must be a JSON list, got {type(benchmarks).__name__}")
+    carried = [entry.get("extra_info") if isinstance(entry, dict) else None for entry in benchmarks]
+    records = [extra for extra in carried if isinstance(extra, dict) and "schema_version" in extra]
+    if benchmarks and not records:
+        raise RecordError(f"{source} is pytest-benchmark's JSON, but none of its {len(benchmarks)} benchmarks is ours")
     return records
 
 
@@ -275,9 +324,10 @@ def write_bytes(content: bytes, path: str | os.PathLike) -> None:
 
 
 def to_csv(records: Iterable[Record]) -> str:
-    """One tidy table: a row per record, a column per field, an empty cell where a number was not obtained."""
+    """One tidy table: a row per record, a column per field but the timeline, an empty cell for what is not known."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, [f.name for f in fields(Record)], lineterminator="\n")
+    columns = [f.name for f in fields(Record) if f.name != "timeline"]
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
         row = record.to_dict()
@@ -287,7 +337,7 @@ def to_csv(records: Iterable[Record]) -> str:
 
 
 def from_csv(text: str) -> list[Record]:
-    """The records of `to_csv`'s table. Raises `RecordError`."""
+    """The records of `to_csv`'s table, which leaves timelines out. Raises `RecordError`."""
     return [Record.from_dict({k: _parse(k, v) for k, v in row.items()}) for row in csv.DictReader(io.StringIO(text))]
 
 

@@ -253,6 +253,33 @@ class Tracker(TorchDispatchMode):
             by_category[self._category.get(serial, "temporary")] += n
         return Peak(most, where, by_category)
 
+    def series(self, start: int, end: int, most: int) -> tuple[list[int], dict[str, list[int]]]:
+        """Live bytes by category from position `start` to `end`, at `most` instants or fewer.
+
+        An instant is the number of events since `start`. A longer log is cut into stretches of equal length, and of
+        each the instants of its least and its most live bytes are kept, so that no extreme is lost. `most` >= 4.
+        """
+        sizes = dict.fromkeys(CATEGORIES, 0)
+        for event in self.events[:start]:
+            sizes[self._category.get(event.storage, "temporary")] += event.change
+        columns = {name: [size] for name, size in sizes.items()}
+        for event in self.events[start:end]:
+            sizes[self._category.get(event.storage, "temporary")] += event.change
+            for name, size in sizes.items():
+                columns[name].append(size)
+        totals = [sum(column) for column in zip(*columns.values(), strict=True)]
+        if len(totals) <= most:
+            at = list(range(len(totals)))
+        else:
+            # The first and the last instant are kept beside the stretches' two each.
+            stretch = -(-len(totals) // ((most - 2) // 2))
+            kept = {0, len(totals) - 1}
+            for first in range(0, len(totals), stretch):
+                instants = range(first, min(first + stretch, len(totals)))
+                kept |= {min(instants, key=totals.__getitem__), max(instants, key=totals.__getitem__)}
+            at = sorted(kept)
+        return at, {name: [column[i] for i in at] for name, column in columns.items()}
+
     def peak_of_born(self, start: int, end: int | None = None) -> int:
         """The most bytes live in the span of storages born in it: what an allocator's trace of the span can know."""
         known = {event.storage for event in self.events[:start]}

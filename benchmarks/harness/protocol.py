@@ -31,8 +31,11 @@ from benchmarks.harness.memory import AllocatorTrace, Peak, Span, Tracker, stead
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.workload import Workload
 from reports.record import BREAKDOWN, Record
+from reports.timeline import Timeline
 
 WARM_UP_STEPS = 2
+# A record carries its timeline, and a file hundreds of records: this many samples are about 8 kB.
+TIMELINE_SAMPLES = 160
 
 Phase = Callable[[str], AbstractContextManager]
 
@@ -157,6 +160,7 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
         **asdict(counts),
         "updated_params": max(updated),
         "state_params": state_params(state.optimizers),
+        "timeline": timeline(tracker, spans, first, last).dumps(),
         "padding_fraction": workload.padding_fraction(batch),
         "loss_first": losses[0],
         "loss_last": losses[-1],
@@ -262,6 +266,19 @@ def state_params(optimizers: Sequence[Optimizer]) -> int:
 def breakdown(peak: Peak) -> dict[str, int]:
     """The breakdown fields of a record; they add up to the peak exactly."""
     return {name: peak.by_category[name.removesuffix("_bytes")] for name in BREAKDOWN}
+
+
+def timeline(tracker: Tracker, spans: dict[str, list[Span]], first: int, last: int) -> Timeline:
+    """Live bytes through the steps from position `first` of the log to `last`, with the phases that `spans` holds.
+
+    On CUDA too these are the tracker's: requested bytes, without the allocator's rounding.
+    """
+    starts = [(span.start - first, name) for name, those in spans.items() for span in those]
+    starts += [(span.end - first, "zero_grad") for span in spans["optimizer"]]
+    at, series = tracker.series(first, last, TIMELINE_SAMPLES)
+    by_category = {name: tuple(series[name.removesuffix("_bytes")]) for name in BREAKDOWN}
+    # A step begins with its forward; what the log has before belongs to nobody.
+    return Timeline(tuple((name, start) for start, name in sorted(starts)), tuple(at), by_category)
 
 
 def _untracked(_: str) -> AbstractContextManager:

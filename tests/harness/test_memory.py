@@ -184,6 +184,42 @@ def test_categories_add_up_and_hold_from_birth():
     del b, c, d
 
 
+def test_a_series_has_every_instant_of_a_short_log():
+    tracker = Tracker()
+    with tracker:
+        old = floats(KIB)
+        start = tracker.position
+        a, b = floats(2 * KIB), floats(4 * KIB)
+        del a
+        tracker.mark("gradient", b)
+        tracker.mark("parameter", old)
+    at, series = tracker.series(start, tracker.position, most=4)
+    assert at == [0, 1, 2, 3]
+    assert series["parameter"] == [KIB] * 4
+    assert series["gradient"] == [0, 0, 4 * KIB, 4 * KIB]
+    assert series["temporary"] == [0, 2 * KIB, 2 * KIB, 0]
+
+
+def test_a_long_series_keeps_the_extremes_of_each_stretch():
+    tracker = Tracker()
+    held = []
+    with tracker:
+        for i in range(200):
+            # A sawtooth with one tall and one deep tooth.
+            held.append(floats({70: 9 * KIB}.get(i, 2 * KIB)))
+            if i % 2 or i == 130:
+                held.clear()
+    for most in (4, 21, 160):
+        at, series = tracker.series(0, tracker.position, most)
+        totals = [sum(column) for column in zip(*series.values(), strict=True)]
+        assert len(at) <= most
+        assert (at[0], at[-1]) == (0, tracker.position)
+        assert max(totals) == tracker.peak(0).bytes == 11 * KIB
+        assert min(totals) == 0
+        # Each sample is what lived at its instant.
+        assert totals == [sum(event.change for event in tracker.events[:i]) for i in at]
+
+
 def test_the_earlier_category_wins():
     a = floats(KIB)
     tracker = Tracker()

@@ -25,6 +25,7 @@ from benchmarks.harness.protocol import (
 )
 from benchmarks.harness.spec import RunSpec
 from reports.record import BREAKDOWN, PEAKS
+from reports.timeline import Timeline
 
 CORE = list(methods())
 # A budget that the small shapes can take, for methods that have one.
@@ -98,6 +99,20 @@ def test_the_breakdown_adds_up(method, rest):
         assert sum(result[name] for name in BREAKDOWN) == result["peak_step_bytes"]
         assert max(result[name] for name in PEAKS) == result["peak_step_bytes"]
         assert result[f"peak_{result['peak_phase']}_bytes"] == result["peak_step_bytes"]
+
+
+@pytest.mark.parametrize("method", CORE)
+def test_the_timeline_shows_every_peak_and_ends_as_it_began(method, encoder_memory):
+    for result in (memory(spec(method, **BLOCK)), encoder_memory(method)):
+        timeline = Timeline.loads(result["timeline"], BREAKDOWN)
+        assert [name for name, _ in timeline.phases] == ["forward", "backward", "optimizer", "zero_grad"]
+        assert len(timeline.at) <= protocol.TIMELINE_SAMPLES
+        assert max(timeline.totals) == result["peak_step_bytes"]
+        assert timeline.totals[0] == timeline.totals[-1] > result["resident_bytes"]  # the batch is held
+        at_peak = timeline.totals.index(result["peak_step_bytes"])
+        assert {name: timeline.by_category[name][at_peak] for name in BREAKDOWN} == {n: result[n] for n in BREAKDOWN}
+        started = [name for name, start in timeline.phases if start < timeline.at[at_peak]]
+        assert started[-1] == result["peak_phase"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -9,7 +9,8 @@ from dataclasses import fields, replace
 import pytest
 
 from reports import record
-from reports.record import Record, RecordError
+from reports.record import BREAKDOWN, Record, RecordError
+from reports.timeline import MOST_SAMPLES, Timeline
 
 # One value of each type a field may have; a field that is checked further gets its own.
 SAMPLES = {int: 12345678901, float: 0.1 + 0.2, str: 'text, "quoted"\nand <b>', bool: True}
@@ -20,6 +21,12 @@ CHOSEN = {
     "device_semantics": "cuda",
     "train_rest": "none",
     "schema_version": record.SCHEMA_VERSION,
+    "pairing": "rounds",
+    "timeline": Timeline(
+        phases=(("forward", 0), ("backward", 2)),
+        at=(0, 1, 3),
+        by_category=dict.fromkeys(record.BREAKDOWN, (0, 5, 10**19)),
+    ).dumps(),
 }
 
 
@@ -59,10 +66,11 @@ def test_json_round_trip_keeps_values_and_types(one):
 
 
 @pytest.mark.parametrize("one", RECORDS.values(), ids=RECORDS.keys())
-def test_csv_round_trip_keeps_values_and_types(one):
+def test_csv_round_trip_keeps_values_and_types_but_no_timeline(one):
     (again,) = record.from_csv(record.to_csv([one]))
-    assert again == one
-    assert types_of(again) == types_of(one)
+    scalar = replace(one, timeline=None)
+    assert again == scalar
+    assert types_of(again) == types_of(scalar)
 
 
 def test_filled_record_leaves_no_field_at_none():
@@ -74,7 +82,7 @@ def test_order_and_number_survive(records, tmp_path):
     path = tmp_path / "new" / "results.json"
     record.write(records, path)
     assert record.read(path) == records
-    assert record.from_csv(record.to_csv(records)) == records
+    assert record.from_csv(record.to_csv(records)) == [replace(one, timeline=None) for one in records]
     assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
 
 
@@ -192,3 +200,72 @@ def test_reports_is_a_leaf():
     assert {"reports.record", "reports.tables", "reports.figures", "reports.page", "reports.palette"} <= set(
         names.split()
     )
+
+
+SERIES = dict.fromkeys(BREAKDOWN, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        {"phases": [], "at": [0, 1], "by_category": SERIES},
+        {"phases": [["forward", 1]], "at": [0, 1], "by_category": SERIES},
+        {"phases": [["forward", 0], ["backward", 5], ["optimizer", 4]], "at": [0, 1], "by_category": SERIES},
+        {"phases": [["forward"]], "at": [0, 1], "by_category": SERIES},
+        {"phases": [["forward", 0]], "at": [], "by_category": dict.fromkeys(BREAKDOWN, ())},
+        {"phases": [["forward", 0]], "at": [0, 0], "by_category": SERIES},
+        {"phases": [["forward", 0]], "at": [1, 2], "by_category": SERIES},
+        {"phases": [["forward", 0]], "at": [0, 1.5], "by_category": SERIES},
+        {"phases": [["forward", 0]], "at": [0, True], "by_category": SERIES},
+        {"phases": [["forward", 0]], "at": [0, 1, 2], "by_category": SERIES},
+        {"phases": [["forward", 0]], "at": [0, 1], "by_category": {**SERIES, "parameter_bytes": [1, -1]}},
+        {"phases": [["forward", 0]], "at": [0, 1], "by_category": {**SERIES, "other_bytes": [1, 1]}},
+        {"phases": [["forward", 0]], "at": [0, 1], "by_category": {"parameter_bytes": [1, 1]}},
+        {
+            "phases": [["forward", 0]],
+            "at": list(range(MOST_SAMPLES + 1)),
+            "by_category": dict.fromkeys(BREAKDOWN, (0,) * (MOST_SAMPLES + 1)),
+        },
+    ],
+)
+def test_what_is_not_a_timeline_is_refused(raw):
+    text = raw if isinstance(raw, str) else json.dumps(raw)
+    with pytest.raises(RecordError, match="field 'timeline'"):
+        Record(method="full", model="m", timeline=text)
+
+
+def test_a_timeline_adds_up():
+    series = {name: (0, i) for i, name in enumerate(BREAKDOWN)}
+    assert Timeline((("forward", 0),), (0, 7), series).totals == (0, 15)
+
+
+def benchmarks_of(*extras: object) -> str:
+    """pytest-benchmark's JSON as far as it matters here."""
+    entries = [{"name": "test_it", "stats": {"min": 1.0}, "extra_info": extra} for extra in extras]
+    return json.dumps({"machine_info": {}, "commit_info": {}, "benchmarks": entries, "version": "5.3.1"})
+
+
+def test_pytest_benchmarks_json_is_read_and_other_benchmarks_in_it_passed_over():
+    ours = filled()
+    assert record.loads(benchmarks_of({}, ours.to_dict(), {"theirs": 1})) == [ours]
+    assert record.loads(benchmarks_of()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (benchmarks_of({}, {"a": 1}), "none of its 2 benchmarks is ours"),
+        (benchmarks_of({"schema_version": 99}), "record 0: schema_version 99"),
+        ('{"benchmarks": 3}', "must be a JSON list, got int"),
+        ('{"benchmarks": ["text", null]}', "none of its 2 benchmarks is ours"),
+        ('{"other": []}', "pytest-benchmark's JSON, got dict"),
+        (benchmarks_of(filled().to_dict())[:-40], "cut short"),
+    ],
+)
+def test_what_is_not_pytest_benchmarks_json_is_said(text, message):
+    with pytest.raises(RecordError, match=message):
+        record.loads(text, "out.json")
