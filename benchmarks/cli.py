@@ -7,12 +7,11 @@ import dataclasses
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports.record import Record, RecordError, dumps, read, write
+from reports.record import Record, RecordError, dumps, read, unwritable, write
 
 OK, USAGE = 0, 2
 
@@ -80,7 +79,15 @@ def _add_run(commands) -> None:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--threads", type=int, default=None, help="torch's intra-operation threads (default: torch's own)")
     run.add_argument("--calibration-steps", type=int, default=30, help="backward passes before the HOSVD (default: 30)")
-    run.add_argument("--timed-steps", type=int, default=10, help="0 leaves the timing pass out (default: 10)")
+    run.add_argument(
+        "--rounds",
+        type=int,
+        default=15,
+        help="steps timed, each beside one of full fine-tuning; 0 leaves the timing pass out (default: 15)",
+    )
+    run.add_argument(
+        "--unpaired", action="store_true", help="time steps alone: full fine-tuning's worker needs its own memory"
+    )
     run.add_argument("--time-limit", type=float, default=1800, metavar="SECONDS", help="per method (default: 1800)")
     run.add_argument("--json", metavar="PATH|-", default="-", help="where records go; - is standard output (default)")
     run.set_defaults(handler=_run)
@@ -108,21 +115,24 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here so that --help and report answer without torch.
-    from benchmarks.harness.worker import run_in_process
+    from benchmarks.harness.pairing import Reference, measure
 
     specs = run_specs(arguments)
     _check_destination(arguments.json)
     records = []
+    reference = None if arguments.unpaired else Reference(arguments.time_limit)
     try:
         for i, spec in enumerate(specs, 1):
             name = spec.method if spec.budget is None else f"{spec.method}[{spec.budget}]"
             _say(f"[{i}/{len(specs)}] {spec.label()}, {name}, train-rest {spec.train_rest} ...", end="")
             started = time.monotonic()
-            records.append(run_in_process(spec, arguments.time_limit))
+            records.append(measure(spec, reference, arguments.time_limit))
             _say(f" {_outcome(records[-1])} ({time.monotonic() - started:.0f} s)")
             if arguments.json != "-":
                 write(records, arguments.json)
     finally:
+        if reference is not None:
+            reference.close()
         # Also when interrupted: what is complete is kept.
         if arguments.json == "-":
             sys.stdout.write(dumps(records))
@@ -142,25 +152,16 @@ def _check_destination(path: str) -> None:
     if path == "-":
         if sys.stdout is None:
             raise InputError("standard output is closed; give --json PATH")
-    elif Path(path).is_dir():
-        raise InputError(f"--json {path} is a directory; give the path of a file")
-    else:
-        folder = Path(path).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise InputError(f"--json {path} cannot be written: {error.strerror}") from error
+    elif reason := unwritable(path):
+        raise InputError(f"--json {path} cannot be written: {reason}")
 
 
 def run_specs(arguments: argparse.Namespace) -> list:
     """The runs that a command line asks for, checked as far as no model is needed. Raises for bad input."""
     import torch
 
-    from baselines.method import target_shapes
-    from baselines.registry import get, parse
-    from benchmarks.harness import budget
     from benchmarks.harness.errors import InputError
+    from benchmarks.harness.plan import plan
     from benchmarks.harness.spec import RunSpec
 
     for name in ("calibration_steps", "time_limit", "lr"):
@@ -168,53 +169,27 @@ def run_specs(arguments: argparse.Namespace) -> list:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
     if not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
-    if arguments.timed_steps < 0 or (arguments.threads is not None and arguments.threads < 1):
-        raise InputError("--timed-steps must not be negative, and --threads must be at least 1")
+    if arguments.rounds < 0 or (arguments.threads is not None and arguments.threads < 1):
+        raise InputError("--rounds must not be negative, and --threads must be at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
-    chosen = parse(arguments.methods)
-    names = {f.name for f in dataclasses.fields(RunSpec)}
+    names = {f.name for f in dataclasses.fields(RunSpec)} - {"equal_trainable"}
     common = {key: value for key, value in vars(arguments).items() if key in names}
     # torch's own choice: foreach on CUDA, a loop over the parameters elsewhere.
     common["optimizer_impl"] = arguments.optimizer_impl or ("foreach" if device == "cuda" else "for-loop")
     common["device"] = device
-    workload = RunSpec(method="full", **common).workload()
-    skeleton = workload.skeleton()
-    shapes = target_shapes(skeleton, workload.layers(skeleton))
-
-    def or_default(name, value):
-        knob = get(name).knob
-        return knob.default if value is None and knob is not None else value
-
-    reference = None
-    if arguments.equal_trainable is not None:
-        (reference_name, reference_budget), *more = parse(arguments.equal_trainable)
-        reference_budget = or_default(reference_name, reference_budget)
-        budget.check(reference_name, reference_budget, shapes)
-        reference = budget.budget_params(reference_name, reference_budget, shapes)
-        if more or reference is None:
-            raise InputError(f"--equal-trainable takes one method that has a budget, got {arguments.equal_trainable!r}")
-    specs = []
-    for name, value in chosen:
-        matched = None
-        if reference is not None:
-            # A method with a budget of its own on the command line keeps it.
-            if value is None:
-                value = reference_budget if name == reference_name else budget.equal_trainable(name, reference, shapes)
-                matched = value is not None
-            else:
-                matched = (name, value) == (reference_name, reference_budget)
-        spec = RunSpec(method=name, budget=or_default(name, value), matched=matched, **common)
-        budget.check(spec.method, spec.budget, shapes)
-        specs.append(spec)
-    return specs
+    # Fixed here, so that every worker has the same.
+    common["threads"] = arguments.threads or torch.get_num_threads()
+    return plan(arguments.methods, arguments.equal_trainable, **common)
 
 
 def _outcome(record: Record) -> str:
     if record.status != "ok":
         return f"{record.status}: {record.reason}"
     step = "" if record.step_time_s is None else f", {record.step_time_s * 1e3:.0f} ms a step"
+    if record.step_time_ratio is not None:
+        step += f", {record.step_time_ratio:.2f} of full fine-tuning's"
     return f"ok, peak {record.peak_step_bytes / 2**20:.1f} MiB{step}"
 
 

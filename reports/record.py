@@ -323,6 +323,19 @@ def write_bytes(content: bytes, path: str | os.PathLike) -> None:
         raise
 
 
+def unwritable(path: str | os.PathLike) -> str | None:
+    """Why no file can be written at `path`, found out without touching it; None where one can."""
+    path = Path(path)
+    if path.is_dir():
+        return "it is a directory"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def to_csv(records: Iterable[Record]) -> str:
     """One tidy table: a row per record, a column per field but the timeline, an empty cell for what is not known."""
     stream = io.StringIO()

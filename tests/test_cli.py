@@ -8,11 +8,24 @@ import pytest
 
 from baselines import method
 from benchmarks import cli
-from benchmarks.harness import models, worker
+from benchmarks.harness import models, pairing, worker
 from benchmarks.harness.spec import RunSpec
 from reports.record import read
 
-LAYER = ["run", "--layer", "12x20", "--batch", "2", "--seq", "3", "--calibration-steps", "2", "--timed-steps", "1"]
+LAYER = [
+    "run",
+    "--layer",
+    "12x20",
+    "--batch",
+    "2",
+    "--seq",
+    "3",
+    "--calibration-steps",
+    "2",
+    "--rounds",
+    "1",
+    "--unpaired",
+]
 
 
 def test_run_prints_records_in_the_order_of_methods(capsys):
@@ -41,7 +54,7 @@ def test_run_writes_a_file_and_report_reads_it(tmp_path, capsys):
 
 
 def test_a_density_an_integer_and_the_default(capsys):
-    assert cli.main([*LAYER, "--methods", "random-mask[0.05],random-mask[7],random-mask", "--timed-steps", "0"]) == 0
+    assert cli.main([*LAYER, "--methods", "random-mask[0.05],random-mask[7],random-mask", "--rounds", "0"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert [r["budget"] for r in records] == [0.05, 7, 0.01]
     assert [r["budget_params"] for r in records] == [12, 7, 2]  # of 240 entries
@@ -49,7 +62,7 @@ def test_a_density_an_integer_and_the_default(capsys):
 
 
 def test_the_reference_of_equal_trainable_may_be_a_default(capsys):
-    arguments = [*LAYER[:-1], "0", "--methods", "lora,sparsegrad", "--equal-trainable", "lora"]
+    arguments = [*LAYER, "--rounds", "0", "--methods", "lora,sparsegrad", "--equal-trainable", "lora"]
     assert cli.main(arguments) == 0
     records = json.loads(capsys.readouterr().out)
     # LoRA's default rank 7: 7 (12 + 20) entries.
@@ -61,7 +74,7 @@ def test_where_records_cannot_be_written_nothing_is_measured(path, tmp_path, mon
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(worker, "run_in_process", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr(pairing, "measure", lambda *_: pytest.fail("measured all the same"))
     assert cli.main([*LAYER, "--methods", "full", "--json", path]) == 2
     err = capsys.readouterr().err
     assert f"--json {path} " in err
@@ -69,7 +82,7 @@ def test_where_records_cannot_be_written_nothing_is_measured(path, tmp_path, mon
 
 
 def test_a_closed_standard_output_is_told_before_measuring(monkeypatch, capsys):
-    monkeypatch.setattr(worker, "run_in_process", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr(pairing, "measure", lambda *_: pytest.fail("measured all the same"))
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main([*LAYER, "--methods", "full"]) == 2
     assert "standard output is closed" in capsys.readouterr().err
@@ -77,12 +90,12 @@ def test_a_closed_standard_output_is_told_before_measuring(monkeypatch, capsys):
 
 @pytest.mark.parametrize("to_file", [False, True])
 def test_an_interruption_keeps_the_complete_records(to_file, tmp_path, monkeypatch, capsys):
-    def interrupted_at_the_head(spec, _):
+    def interrupted_at_the_head(spec, *_):
         if spec.method == "head":
             raise KeyboardInterrupt
         return spec.blank(spec.label(), peak_step_bytes=1)
 
-    monkeypatch.setattr(worker, "run_in_process", interrupted_at_the_head)
+    monkeypatch.setattr(pairing, "measure", interrupted_at_the_head)
     path = tmp_path / "records.json"
     assert cli.main([*LAYER, "--methods", "full,head", "--json", str(path) if to_file else "-"]) == 130
     out, err = capsys.readouterr()
@@ -95,7 +108,7 @@ def test_defaults_and_choices_are_those_of_the_harness():
     spec = RunSpec(method="full")
     for name in ("data", "hub", "targets", "train_rest", "adapter_dtype", "batch", "seq", "dtype", "attention"):
         assert getattr(run, name) == getattr(spec, name), name
-    for name in ("checkpointing", "lr", "seed", "threads", "calibration_steps", "timed_steps"):
+    for name in ("checkpointing", "lr", "seed", "threads", "calibration_steps", "rounds"):
         assert getattr(run, name) == getattr(spec, name), name
     assert run.time_limit == worker.DEFAULT_TIME_LIMIT_S
     known = {

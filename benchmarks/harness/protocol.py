@@ -1,23 +1,17 @@
-"""THE measured run: build, prepare, warm up, measure time; then, from a fresh build, the same again for memory.
+"""THE measured run: build, prepare, warm up, then measure a steady-state step, the third or later.
 
-The plain pass comes first and has no instrument in it: it gives the times, the entries that training touches, and the
-process's high-water mark, which the tracker and the allocator's trace would raise. The tracked pass gives the bytes.
-What is measured is a steady-state step (the third or later), so optimizer state exists. All methods see the same
-batches and the same dropout.
+It is measured twice, each time from a fresh build. The plain pass (plain.py) comes first and has no instrument in it:
+it gives the times, the entries that training touches, and the process's high-water mark, which the instruments of the
+other pass would raise. The tracked pass, here, gives the bytes. All methods see the same batches and the same dropout.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -25,12 +19,10 @@ from torch.optim.optimizer import Optimizer
 from baselines.method import Method, Setting, target_shapes
 from baselines.registry import get
 from benchmarks.harness.cuda import AllocatorMeter
-from benchmarks.harness.environment import environment, process_peak_bytes
-from benchmarks.harness.errors import InputError
 from benchmarks.harness.memory import AllocatorTrace, Peak, Span, Tracker, steady_collection
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.workload import Workload
-from reports.record import BREAKDOWN, Record
+from reports.record import BREAKDOWN
 from reports.timeline import Timeline
 
 WARM_UP_STEPS = 2
@@ -52,24 +44,6 @@ class Trained:
     method: Method
     model: nn.Module
     optimizers: list[Optimizer]
-
-
-def run(spec: RunSpec) -> Record:
-    """Measure one method on one workload, in this process."""
-    if spec.threads:
-        torch.set_num_threads(spec.threads)
-    workload = spec.workload()
-    if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
-    plain = measure_plain(spec, workload) if spec.timed_steps else {}
-    tracked = measure_memory(spec, workload)
-    return spec.blank(
-        workload.name,
-        data=workload.data,
-        **plain,
-        **tracked,
-        **environment(spec.device),
-    )
 
 
 def build(spec: RunSpec, workload: Workload) -> tuple[Method, nn.Module, Sequence[tuple[int, int]]]:
@@ -123,9 +97,6 @@ def training_step(state: Trained, batch: object, phase: Phase, after: Callable[[
     return loss
 
 
-# --- memory
-
-
 def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
     """The memory fields and counts of a record, and the losses of the first and the last step."""
     device = torch.device(spec.device)
@@ -173,7 +144,7 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
         return {**result, **_metered(state, batch, step, resident, preparation, tracker)}
     with steady_collection(), AllocatorTrace() as trace:
         for _ in range(method.period):
-            training_step(state, batch, _untracked)
+            training_step(state, batch, untracked)
     return {
         **result,
         **peaks,
@@ -281,7 +252,8 @@ def timeline(tracker: Tracker, spans: dict[str, list[Span]], first: int, last: i
     return Timeline(tuple((name, start) for start, name in sorted(starts)), tuple(at), by_category)
 
 
-def _untracked(_: str) -> AbstractContextManager:
+def untracked(_: str) -> AbstractContextManager:
+    """A phase that nobody watches."""
     return nullcontext()
 
 
@@ -316,77 +288,3 @@ def _metered(
         "peak_requested_bytes": max(meter.requested.values()),
         "peak_reserved_bytes": meter.reserved,
     }
-
-
-# --- time
-
-
-def measure_plain(spec: RunSpec, workload: Workload) -> dict[str, object]:
-    """Step and preparation times, the entries that the steps changed, and the process's high-water mark."""
-    method, model, _ = build(spec, workload)
-    started = time.perf_counter()
-    method.prepare(model, workload.batches())
-    _wait(spec.device)
-    preparation = time.perf_counter() - started
-    state = ready(spec, workload, method, model)
-    # Drawn one by one, apart from the time: batches that wait for their step would raise the high-water mark.
-    batches = workload.batches()
-    with Snapshot(model) as before:
-        for batch in islice(batches, WARM_UP_STEPS):
-            training_step(state, batch, _untracked)
-        seconds = []
-        with steady_collection():
-            for batch in islice(batches, spec.timed_steps):
-                _wait(spec.device)
-                started = time.perf_counter()
-                training_step(state, batch, _untracked)
-                _wait(spec.device)
-                seconds.append(time.perf_counter() - started)
-        high_water = process_peak_bytes()
-        touched = before.changed_entries()
-    return {
-        "step_time_s": statistics.median(seconds),
-        "step_time_min_s": min(seconds),
-        "step_time_max_s": max(seconds),
-        "timed_steps": len(seconds),
-        "preparation_time_s": preparation,
-        "process_peak_bytes": high_water,
-        "touched_params": touched,
-        "touched_steps": WARM_UP_STEPS + len(seconds),
-    }
-
-
-class Snapshot:
-    """The trainable parameters as they are now, in a file: a copy in memory would raise the high-water mark."""
-
-    def __init__(self, model: nn.Module):
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._file = tempfile.TemporaryFile()
-
-    def __enter__(self) -> Snapshot:
-        for parameter in self._parameters:
-            _bytes_of(parameter).tofile(self._file)
-        self._file.seek(0)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def changed_entries(self) -> int:
-        """Entries whose bytes differ from the snapshot's."""
-        changed = 0
-        for parameter in self._parameters:
-            now = _bytes_of(parameter)
-            changed += int((np.fromfile(self._file, now.dtype, now.size) != now).sum())
-        return changed
-
-
-def _bytes_of(parameter: Tensor) -> np.ndarray:
-    """The parameter's entries as integers of their width: comparable whatever the dtype, -0 and NaN included."""
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return parameter.detach().cpu().contiguous().view(width).numpy().reshape(-1)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -37,7 +37,7 @@ class RunSpec:
     device: str = "cpu"
     threads: int | None = None
     calibration_steps: int = 30
-    timed_steps: int = 10
+    rounds: int = 15
     hub: bool = False
 
     def to_dict(self) -> dict[str, object]:
@@ -69,16 +69,17 @@ class RunSpec:
             **common,
         )
 
-    def blank(self, workload_name: str, **outcome: object) -> Record:
-        """A record with this configuration and whatever else is given."""
-        # A record's timed_steps are those that were timed, not those that were asked for.
-        shared = {f.name for f in fields(self)} & {f.name for f in fields(Record)} - {"timed_steps"}
-        configuration = {name: getattr(self, name) for name in shared} | {
-            "model": workload_name,
+    def configuration(self) -> dict[str, object]:
+        """The fields of a record that say what was asked for; the name of the workload is not among them."""
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(Record)} - {"model"}
+        return {name: getattr(self, name) for name in shared} | {
             "attention": self.attention if self.model else None,
             "device_semantics": "cuda" if self.device.startswith("cuda") else "cpu",
         }
-        return Record(**configuration | outcome)
+
+    def blank(self, workload_name: str, **outcome: object) -> Record:
+        """A record with this configuration and whatever else is given."""
+        return Record(**{**self.configuration(), "model": workload_name, **outcome})
 
     def label(self) -> str:
         """The workload in words, without building it."""

@@ -1,88 +1,175 @@
 """Runs in processes of their own: one measured run each, so that no run sees another's memory.
 
-Whatever happens to the worker becomes a record with a status; nothing raises but what is wrong with the harness itself.
+A worker is told what to do one request at a time, so that whoever drives it can put its steps next to another
+worker's. Requests and answers are lines of JSON through pipes. Whatever happens to a worker becomes a record with a
+status, carried by `RunFailed`; nothing else raises but what is wrong with the harness itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from baselines.method import MethodError
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
-from benchmarks.harness.protocol import Diverged, run
+from benchmarks.harness.plain import PlainPass
+from benchmarks.harness.protocol import Diverged, measure_memory
 from benchmarks.harness.spec import RunSpec
-from reports.record import Record, RecordError, read, write
+from reports.record import Record, RecordError
 from sparsegrad import SparseGradError
 
 DEFAULT_TIME_LIMIT_S = 1800
 LONGEST_WAIT_S = 2_000_000  # poll() takes milliseconds in a C int
 
 
-def run_in_process(spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S) -> Record:
-    """Measure one method on one workload in a new process; a worker that fails gives a record that says how."""
-    with tempfile.TemporaryDirectory(prefix="sparsegrad-bench-") as folder:
-        result = Path(folder, "record.json")
+REQUESTS = ("prepare", "round", "plain", "memory")
+
+
+class RunFailed(Exception):
+    """A run that did not end ok; `record` says how and why."""
+
+    def __init__(self, record: Record):
+        super().__init__(record.status, record.reason)
+        self.record = record
+
+
+class Worker:
+    """The parent's end of a worker: a process that holds one method on one workload from request to request."""
+
+    def __init__(self, spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S):
+        self.spec = spec
+        self._limit_s = time_limit_s
+        self._left_s = time_limit_s
+        self._unread = b""
+        # A file, not a pipe: nobody reads it before the end, and a full pipe would stop the worker.
+        self._errors = tempfile.TemporaryFile()
         # A session of its own, so that a worker that hangs is ended with its children.
-        worker = subprocess.Popen(
-            worker_command(result),
+        self._process = subprocess.Popen(
+            worker_command(),
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
             start_new_session=True,
         )
-        try:
-            _, errors = worker.communicate(json.dumps(spec.to_dict()), timeout=min(time_limit_s, LONGEST_WAIT_S))
-        except subprocess.TimeoutExpired:
-            _end(worker)
-            return _failed(spec, "timeout", f"the worker was ended after its time limit of {time_limit_s:g} s")
-        except BaseException:
-            _end(worker)
-            raise
-        if worker.returncode == 0:
+        self._send(spec.to_dict())
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def renew(self) -> None:
+        """Start the time limit anew."""
+        self._left_s = self._limit_s
+
+    def prepare(self) -> None:
+        """Build and prepare the model and warm up. Raises `RunFailed`, as all requests do."""
+        self._ask("prepare")
+
+    def round(self) -> float:
+        """One period of steps: the mean time of a step, seconds."""
+        return float(self._ask("round"))
+
+    def plain(self) -> dict[str, object]:
+        """End the plain pass: what a record has from it besides the times."""
+        return dict(self._ask("plain"))
+
+    def memory(self) -> dict[str, object]:
+        """The tracked pass, and the names and the environment of the run: the rest of a record."""
+        return dict(self._ask("memory"))
+
+    def close(self) -> None:
+        """End the process and its children."""
+        if self._process.returncode is None:
             try:
-                return read(result)[0]
-            except (RecordError, IndexError) as error:
-                return _failed(spec, "crashed", f"the worker left no readable record: {error}")
-        if worker.returncode == -signal.SIGKILL:
-            return _failed(spec, "killed", "the worker was killed (SIGKILL); most often the system was out of memory")
-        return _failed(spec, "crashed", f"the worker ended with code {worker.returncode}: {_last_line(errors)}")
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            try:
+                pipe.close()
+            except BrokenPipeError:  # what was not yet sent
+                pass
+
+    def _ask(self, request: str) -> object:
+        started = time.monotonic()
+        try:
+            self._send(request)
+            answer = json.loads(self._line(started + min(self._left_s, LONGEST_WAIT_S)))
+            if "failed" in answer:
+                raise self._failed(Record.from_dict(answer["failed"]))
+            return answer["value"]
+        except TimeoutError:
+            reason = f"the worker was ended after its time limit of {self._limit_s:g} s"
+            raise self._failed(failed(self.spec, "timeout", reason)) from None
+        except (ValueError, TypeError, KeyError, RecordError) as error:
+            reason = f"the worker gave no readable answer: {error}"
+            raise self._failed(failed(self.spec, "crashed", reason)) from error
+        finally:
+            self._left_s -= time.monotonic() - started
+
+    def _send(self, message: object) -> None:
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is gone; reading its answer will tell
+
+    def _line(self, deadline: float) -> bytes:
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                raise TimeoutError
+            more = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not more:
+                raise self._failed(self._ended())
+            self._unread += more
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _ended(self) -> Record:
+        """The record of a worker that is gone without an answer."""
+        try:
+            # It closed its pipe, so that it is about to end; one that is not is ended.
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return failed(self.spec, "crashed", "the worker closed its pipe and went on")
+        if code == -signal.SIGKILL:
+            return failed(
+                self.spec, "killed", "the worker was killed (SIGKILL); most often the system was out of memory"
+            )
+        self._errors.seek(0)
+        errors = self._errors.read().decode(errors="replace")
+        return failed(self.spec, "crashed", f"the worker ended with code {code}: {_last_line(errors)}")
+
+    def _failed(self, record: Record) -> RunFailed:
+        self.close()
+        return RunFailed(record)
 
 
-def worker_command(result: Path) -> list[str]:
-    """The command line of a worker that reads a spec from standard input and leaves its record in `result`.
+def worker_command() -> list[str]:
+    """The command line of a worker.
 
     The worker is told who started it: asked later, the system could name whoever took over an orphan.
     """
-    return [sys.executable, "-m", "benchmarks.harness.worker", str(result), str(os.getpid())]
+    return [sys.executable, "-m", "benchmarks.harness.worker", str(os.getpid())]
 
 
-def _end(worker: subprocess.Popen) -> None:
-    try:
-        os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    worker.communicate()
-
-
-def _last_line(errors: str) -> str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "it said nothing"
-
-
-def _failed(spec: RunSpec, status: str, reason: str) -> Record:
+def failed(spec: RunSpec, status: str, reason: str) -> Record:
+    """The record of a run that did not end ok."""
     # Asking for a GPU's name would open a CUDA context in this process, which measures nothing.
     known = environment("cpu")
     if spec.device != "cpu":
@@ -92,21 +179,81 @@ def _failed(spec: RunSpec, status: str, reason: str) -> Record:
     return spec.blank(spec.label(), status=status, reason=reason, **known)
 
 
-def measure(spec: RunSpec) -> Record:
-    """`protocol.run`, with what can go wrong in it told by the record's status."""
-    try:
-        return run(spec)
-    except (InputError, MethodError, SparseGradError) as error:
-        return _failed(spec, "refused", str(error))
-    except Diverged as error:
-        return _failed(spec, "diverged", str(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return _failed(spec, "oom", str(error).splitlines()[0] if str(error) else "out of memory")
-    except RuntimeError as error:
-        # torch's CPU allocator raises a bare RuntimeError.
-        if "can't allocate memory" not in str(error):
-            raise
-        return _failed(spec, "oom", next(line for line in str(error).splitlines() if "can't allocate" in line))
+def _last_line(errors: str) -> str:
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "it said nothing"
+
+
+# --- the worker's end
+
+
+class Session:
+    """What a worker does for its requests, in this process."""
+
+    def __init__(self, spec: RunSpec):
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        if spec.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
+        self._spec = spec
+        self._workload = spec.workload()
+        self._pass: PlainPass | None = None
+
+    def prepare(self) -> None:
+        """Build and prepare the model and warm up."""
+        self._pass = PlainPass(self._spec, self._workload)
+
+    def round(self) -> float:
+        """One period of steps: seconds per step."""
+        return self._pass.round()
+
+    def plain(self) -> dict[str, object]:
+        """End the plain pass."""
+        done, self._pass = self._pass, None
+        return done.finish()
+
+    def memory(self) -> dict[str, object]:
+        """The tracked pass and the names of what ran."""
+        return {
+            "model": self._workload.name,
+            "data": self._workload.data,
+            **measure_memory(self._spec, self._workload),
+            **environment(self._spec.device),
+        }
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer requests, the first line of which is the spec, until there are no more or one fails."""
+    spec = RunSpec.from_dict(json.loads(next(requests)))
+    session = None
+    for line in requests:
+        request = json.loads(line)
+        if request not in REQUESTS:
+            raise ValueError(f"a request is one of {', '.join(REQUESTS)}, got {request!r}")
+        try:
+            session = session or Session(spec)
+            answer = {"value": getattr(session, request)()}
+        except Exception as error:
+            answer = {"failed": told(spec, error).to_dict()}
+        answers.write(json.dumps(answer, allow_nan=False) + "\n")
+        answers.flush()
+        if "failed" in answer:
+            return
+
+
+def told(spec: RunSpec, error: Exception) -> Record:
+    """What can go wrong in a run, as a record; what is a defect of the harness is raised again."""
+    match error:
+        case InputError() | MethodError() | SparseGradError():
+            return failed(spec, "refused", str(error))
+        case Diverged():
+            return failed(spec, "diverged", str(error))
+        case MemoryError() | torch.OutOfMemoryError():
+            return failed(spec, "oom", str(error).splitlines()[0] if str(error) else "out of memory")
+        case RuntimeError() if "can't allocate memory" in str(error):
+            # torch's CPU allocator raises a bare RuntimeError.
+            return failed(spec, "oom", next(line for line in str(error).splitlines() if "can't allocate" in line))
+    raise error
 
 
 def _end_with_parent(parent: int) -> None:
@@ -121,11 +268,11 @@ def _end_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Read a spec from standard input, leave a list of one record in the file that the first argument names."""
-    result, parent = sys.argv[1:]
-    _end_with_parent(int(parent))
-    spec = RunSpec.from_dict(json.load(sys.stdin))
-    write([measure(spec)], result)
+    """Serve standard input; what libraries print goes to standard error."""
+    _end_with_parent(int(sys.argv[1]))
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        serve(sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The measured run: closed forms, the allocator as a witness, determinism, leaks."""
 
 import json
-import weakref
-from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -12,16 +10,16 @@ from baselines.full import Full
 from baselines.registry import methods
 from benchmarks.harness import protocol
 from benchmarks.harness.memory import AllocatorTrace, Tracker, steady_collection
+from benchmarks.harness.pairing import measure
+from benchmarks.harness.plain import PlainPass
 from benchmarks.harness.protocol import (
     Diverged,
-    _untracked,
     build,
     measure_memory,
-    measure_plain,
     ready,
-    run,
     state_params,
     training_step,
+    untracked,
 )
 from benchmarks.harness.spec import RunSpec
 from reports.record import BREAKDOWN, PEAKS
@@ -36,7 +34,7 @@ ENCODER = {"model": "minilm-l6", "batch": 4, "seq": 32}
 
 
 def spec(method, **options):
-    options = {"calibration_steps": 2, "timed_steps": 0, **options}
+    options = {"calibration_steps": 2, "rounds": 0, **options}
     return RunSpec(method=method, budget=BUDGET[method], **options)
 
 
@@ -126,11 +124,11 @@ def test_workspace_is_the_allocators_excess_over_the_tracker(dtype):
     state = ready(a_spec, workload, method, model)
     batch = next(workload.batches())
     for _ in range(2):
-        training_step(state, batch, _untracked)
+        training_step(state, batch, untracked)
     tracker = Tracker()
     tracker.adopt(model, *state.optimizers, batch)
     with steady_collection(), AllocatorTrace() as trace:
-        training_step(state, batch, _untracked)
+        training_step(state, batch, untracked)
     assert trace.left_bytes == 0
     assert tracker.live_bytes + trace.peak_bytes == result["peak_step_bytes"] + result["kernel_workspace_bytes"]
 
@@ -268,7 +266,11 @@ def test_counts(method):
     d_in, d_hidden = BLOCK["block"]
     layers, weight, k, steps = 4, d_in * d_hidden, 3, 4
     biases = 2 * (d_in + d_hidden)
-    result = asdict(run(spec(method, lr=1e-2, **{**BLOCK, "timed_steps": 2})))
+    a_spec = spec(method, lr=1e-2, **BLOCK)
+    plain = PlainPass(a_spec, a_spec.workload())
+    for _ in range(2):
+        plain.round()
+    result = {**memory(a_spec), **plain.finish()}
     own = {
         # trainable, updated, state, budget: entries in the four weights together
         "full": (layers * weight, layers * weight, layers * weight, None),
@@ -292,29 +294,6 @@ def test_counts(method):
         assert result["touched_params"] == own[0] + rest
 
 
-def test_the_plain_pass_counts_touched_entries_exactly():
-    a_spec = spec("random-mask", **{**LAYER, "timed_steps": 1, "train_rest": "none", "lr": 0.1})
-    assert measure_plain(a_spec, a_spec.workload())["touched_params"] == 3
-
-
-def test_the_plain_pass_holds_one_batch_at_a_time():
-    a_spec = spec("full", **{**LAYER, "timed_steps": 6})
-    workload = a_spec.workload()
-    original, alive, most = workload.batches, weakref.WeakSet(), 0
-
-    def counted():
-        nonlocal most
-        for batch in original():
-            alive.add(batch[0].untyped_storage())
-            most = max(most, len(alive))
-            yield batch
-            del batch
-
-    workload.batches = counted
-    assert measure_plain(a_spec, workload)["timed_steps"] == 6
-    assert most <= 2  # the loop lets go of one when it has the next
-
-
 def test_a_loss_that_is_not_finite_diverges():
     a_spec = spec("full", **{**ENCODER, "lr": 1e30})
     with pytest.raises(Diverged, match="loss"):
@@ -333,7 +312,8 @@ def test_bfloat16_runs_for_every_method():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("method", CORE)
 def test_cuda_run(method):
-    record = run(spec(method, device="cuda", **{**BLOCK, "timed_steps": 2}))
+    record = measure(spec(method, device="cuda", **{**BLOCK, "rounds": 2}), None)
+    assert record.status == "ok"
     assert record.device_semantics == "cuda"
     assert record.peak_step_bytes >= record.peak_requested_bytes > record.resident_bytes > 0
     assert sum(getattr(record, name) for name in BREAKDOWN) == record.peak_step_bytes

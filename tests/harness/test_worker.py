@@ -3,61 +3,105 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.harness import worker
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.protocol import Diverged
 from benchmarks.harness.spec import RunSpec
-from benchmarks.harness.worker import measure, run_in_process
+from benchmarks.harness.worker import RunFailed, Worker, told
 
-SPEC = RunSpec(method="lora", budget=2, layer=(16, 24), batch=2, seq=4, timed_steps=1)
+SPEC = RunSpec(method="lora", budget=2, layer=(16, 24), batch=2, seq=4, rounds=1)
+# A worker that answers every request with what it is given, and the spec's line with nothing.
+ANSWER = "import sys; sys.stdin.readline(); [print({!r}, flush=True) for line in sys.stdin]"
 
 
 def stand_in(monkeypatch, code):
-    """Put a Python program in the worker's place; it gets the result's path as its argument."""
-    monkeypatch.setattr(worker, "worker_command", lambda result: [sys.executable, "-c", code, str(result)])
+    """Put a Python program in the worker's place."""
+    monkeypatch.setattr(worker, "worker_command", lambda: [sys.executable, "-c", code])
+
+
+def failure(request="prepare", spec=SPEC, **options):
+    """The record of the failure that a request ends in."""
+    with Worker(spec, **options) as it, pytest.raises(RunFailed) as caught:
+        getattr(it, request)()
+    return caught.value.record
 
 
 def test_a_run_in_a_process_of_its_own():
-    record = run_in_process(SPEC)
-    assert (record.status, record.method, record.budget, record.model) == ("ok", "lora", 2, "layer 16x24")
-    assert record.trainable_params == 2 * (16 + 24) + 24
-    assert record.process_peak_bytes > record.peak_step_bytes
-    assert record.torch_version
+    with Worker(SPEC) as it:
+        it.prepare()
+        assert it.round() > 0
+        plain, memory = it.plain(), it.memory()
+    assert plain["touched_steps"] == 2 + 1
+    assert plain["process_peak_bytes"] > memory["peak_step_bytes"]
+    assert (memory["model"], memory["trainable_params"]) == ("layer 16x24", 2 * (16 + 24) + 24)
+    assert memory["torch_version"]
 
 
 def test_bytes_are_the_same_in_every_process():
-    first, second = (run_in_process(SPEC).to_dict() for _ in range(2))
-    same = [name for name in first if name.endswith(("_bytes", "_params")) and name != "process_peak_bytes"]
+    results = []
+    for _ in range(2):
+        with Worker(SPEC) as it:
+            results.append(it.memory())
+    first, second = results
+    same = [name for name in first if name.endswith(("_bytes", "_params", "timeline"))]
     assert len(same) > 20
     assert {name: first[name] for name in same} == {name: second[name] for name in same}
 
 
 def test_killed(monkeypatch):
     stand_in(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    record = run_in_process(SPEC)
+    record = failure()
     assert record.status == "killed"
     assert "SIGKILL" in record.reason
     assert record.peak_step_bytes is None
 
 
+def test_killed_between_two_requests():
+    with Worker(SPEC) as it:
+        it.prepare()
+        os.kill(it._process.pid, signal.SIGKILL)
+        with pytest.raises(RunFailed) as caught:
+            it.round()
+    assert caught.value.record.status == "killed"
+
+
 def test_crashed(monkeypatch):
     stand_in(monkeypatch, "raise SystemError('the roof is off')")
-    record = run_in_process(SPEC)
+    record = failure()
     assert record.status == "crashed"
     assert "the roof is off" in record.reason
 
 
-@pytest.mark.parametrize("left", ["", "[", "[]", '[{"method": 1}]'])
-def test_a_worker_that_leaves_no_record(monkeypatch, left):
-    stand_in(monkeypatch, f"import sys; open(sys.argv[1], 'w').write({left!r})")
-    record = run_in_process(SPEC)
+@pytest.mark.parametrize("answer", ["", "[", "[]", "3", "{}", '{"failed": {"method": 1}}'])
+def test_a_worker_that_gives_no_answer(monkeypatch, answer):
+    stand_in(monkeypatch, ANSWER.format(answer))
+    record = failure("round")
     assert record.status == "crashed"
-    assert "no readable record" in record.reason
+    assert "no readable answer" in record.reason
+
+
+def test_what_a_library_prints_is_no_answer(monkeypatch):
+    noise = "import os, sys; from benchmarks.harness import worker, plain; "
+    noise += "plain.PlainPass.round = lambda self: (print('progress'), os.write(1, b'more'), 0.5)[2]; worker.main()"
+    monkeypatch.setattr(worker, "worker_command", lambda: [sys.executable, "-c", noise, str(os.getpid())])
+    with Worker(SPEC) as it:
+        it.prepare()
+        assert it.round() == 0.5
+
+
+def test_a_worker_may_say_more_than_a_pipe_holds(monkeypatch):
+    stand_in(monkeypatch, "import sys; sys.stderr.write('x' * 10**6); " + ANSWER.format('{"value": 7}'))
+    with Worker(SPEC) as it:
+        assert it.round() == 7
 
 
 def test_a_worker_that_hangs_is_ended_with_its_children(monkeypatch, tmp_path):
@@ -65,24 +109,45 @@ def test_a_worker_that_hangs_is_ended_with_its_children(monkeypatch, tmp_path):
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     stand_in(monkeypatch, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
     started = time.monotonic()
-    record = run_in_process(SPEC, time_limit_s=5)
+    record = failure(time_limit_s=5)
     assert record.status == "timeout"
     assert "5 s" in record.reason
     assert time.monotonic() - started < 60
     assert _ends(int(pid_file.read_text()))
 
 
+def test_the_time_limit_is_that_of_all_requests_together(monkeypatch):
+    stand_in(monkeypatch, "import time; " + ANSWER.replace("[print", "[time.sleep(2) or print").format('{"value": 1}'))
+    with Worker(SPEC, time_limit_s=5) as it:
+        it.round()
+        it.round()
+        with pytest.raises(RunFailed) as caught:
+            it.round()
+        assert caught.value.record.status == "timeout"
+    with Worker(SPEC, time_limit_s=5) as it:
+        for _ in range(3):
+            it.renew()
+            assert it.round() == 1
+
+
+def test_a_worker_ends_when_it_is_closed(monkeypatch):
+    stand_in(monkeypatch, "import time; time.sleep(600)")
+    with Worker(SPEC) as it:
+        pid = it._process.pid
+    assert _ends(pid)
+
+
 def test_a_worker_ends_with_its_parent(tmp_path):
     pid_file = tmp_path / "pid"
     hang = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    code = f"from benchmarks.harness import worker; worker.measure = lambda spec: exec({hang!r}); worker.main()"
+    code = f"from benchmarks.harness import worker; worker.serve = lambda *_: exec({hang!r}); worker.main()"
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "from benchmarks.harness import worker; import sys; "
-            f"worker.worker_command = lambda r: [sys.executable, '-c', {code!r}, str(r), str(worker.os.getpid())]; "
-            "worker.run_in_process(worker.RunSpec(method='full', layer=(2, 3)))",
+            f"worker.worker_command = lambda: [sys.executable, '-c', {code!r}, str(worker.os.getpid())]; "
+            "worker.Worker(worker.RunSpec(method='full', layer=(2, 3))).prepare()",
         ]
     )
     for _ in range(300):
@@ -94,19 +159,23 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     assert _ends(int(pid_file.read_text()))
 
 
-def test_a_worker_whose_parent_is_gone_before_it_asks_ends(tmp_path):
+def test_a_worker_whose_parent_is_gone_before_it_asks_ends():
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    command = [sys.executable, "-m", "benchmarks.harness.worker", str(tmp_path / "record.json"), str(gone.pid)]
-    ended = subprocess.run(command, input=json.dumps(SPEC.to_dict()), text=True, timeout=120)
-    assert ended.returncode == 1
-    assert not (tmp_path / "record.json").exists()
+    orphan = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.harness.worker", str(gone.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    # Its standard input stays open: only the missing parent can end it.
+    assert orphan.wait(timeout=120) == 1
+    assert orphan.communicate()[0] == b""
 
 
 def test_a_failed_record_carries_what_was_asked_for(monkeypatch):
     stand_in(monkeypatch, "raise SystemError")
     asked = {"model": "gpt2", "attention": "eager", "data": "movie", "device": "cuda", "threads": 3}
-    record = run_in_process(RunSpec(method="full", **asked))
+    record = failure(spec=RunSpec(method="full", **asked))
     assert {name: getattr(record, name) for name in asked} == asked
     assert record.device_semantics == "cuda"
     assert record.device_name is None  # never asked, and not the processor's
@@ -115,7 +184,7 @@ def test_a_failed_record_carries_what_was_asked_for(monkeypatch):
 
 def test_no_time_limit(monkeypatch):
     stand_in(monkeypatch, "raise SystemError")
-    assert run_in_process(SPEC, time_limit_s=math.inf).status == "crashed"
+    assert failure(time_limit_s=math.inf).status == "crashed"
 
 
 def _ends(pid):
@@ -139,28 +208,26 @@ def _runs(pid):
     ("error", "status"),
     [
         (MemoryError("no more"), "oom"),
+        (MemoryError(), "oom"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "oom"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes"), "oom"),
+        (InputError("not so"), "refused"),
+        (Diverged("the loss is nan"), "diverged"),
     ],
 )
-def test_out_of_memory(monkeypatch, error, status):
-    def fail(_):
-        raise error
-
-    monkeypatch.setattr(worker, "run", fail)
-    assert measure(SPEC).status == status
+def test_what_goes_wrong_is_told(error, status):
+    record = told(SPEC, error)
+    assert record.status == status
+    assert "\n" not in record.reason
 
 
-def test_a_bug_is_not_hidden(monkeypatch):
-    def fail(_):
-        raise RuntimeError("shapes differ")
-
-    monkeypatch.setattr(worker, "run", fail)
+def test_a_bug_is_not_hidden():
     with pytest.raises(RuntimeError, match="shapes differ"):
-        measure(SPEC)
+        told(SPEC, RuntimeError("shapes differ"))
 
 
 def test_what_a_method_cannot_do_is_refused():
-    record = measure(RunSpec(method="lora", budget=17, layer=(16, 24), batch=1, seq=1))
+    record = failure(spec=RunSpec(method="lora", budget=17, layer=(16, 24), batch=1, seq=1))
     assert record.status == "refused"
     assert "at most 16" in record.reason
 

@@ -1,0 +1,68 @@
+"""The cases of the suite: which methods on which layers, blocks and models."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+# The method that sets every other one's budget, as in the paper's comparison on RoBERTa-base.
+EQUAL_TRAINABLE = "lora[7]"
+METHODS = (
+    "full",
+    "head",
+    "lora",
+    "meprop-example",
+    "meprop-unified",
+    "meprop-weight",
+    "random-mask",
+    "sparsegrad",
+)
+# The MLPs of BERT-small and MiniLM, of the base models and of the large ones; LLaMA-2-7B's is beyond most machines.
+SIZES = ("384x1536", "768x3072", "1024x4096", "4096x11008")
+LARGE = ("4096x11008",)
+TOKENS = (512, 2048)
+DTYPES = ("float32", "bfloat16")
+# Sequences in a batch of T tokens: what tells an example from a minibatch.
+SHAPE_BATCH = 4
+
+# Models: batch and tokens per example. The text is short questions for the encoder, running text for the decoder.
+MODELS = {"minilm-l6": (16, 64), "smollm2-135m": (2, 128)}
+REGIMES = ("all", "none")
+
+# About twenty runs in a few minutes: the encoder in the paper's regime with every method, and how memory grows with the
+# size of a block, for the methods that the paper compares.
+QUICK_MODELS = ("minilm-l6",)
+QUICK_REGIMES = ("all",)
+QUICK_BLOCK_METHODS = ("full", "lora", "meprop-weight", "sparsegrad")
+QUICK_TOKENS = (512,)
+QUICK_DTYPES = ("float32",)
+
+
+def shapes(kind: str) -> list:
+    """Parameters (size, tokens, dtype, method) of the layers or the blocks."""
+    cases = []
+    for size, tokens, dtype, method in product(SIZES, TOKENS, DTYPES, METHODS):
+        quick = (
+            kind == "block"
+            and size not in LARGE
+            and tokens in QUICK_TOKENS
+            and dtype in QUICK_DTYPES
+            and method in QUICK_BLOCK_METHODS
+        )
+        cases.append(pytest.param(size, tokens, dtype, method, marks=_marks(quick=quick, large=size in LARGE)))
+    return cases
+
+
+def models() -> list:
+    """Parameters (model, train_rest, method) of the models."""
+    return [
+        pytest.param(
+            model, rest, method, marks=_marks(quick=model in QUICK_MODELS and rest in QUICK_REGIMES, large=False)
+        )
+        for model, rest, method in product(MODELS, REGIMES, METHODS)
+    ]
+
+
+def _marks(**applies: bool) -> list:
+    return [getattr(pytest.mark, name) for name, does in applies.items() if does]
