@@ -103,6 +103,19 @@ def test_an_interruption_keeps_the_complete_records(to_file, tmp_path, monkeypat
     assert "kept" in err
 
 
+@pytest.mark.parametrize(("options", "paired"), [([], True), (["--unpaired"], False)])
+def test_runs_are_paired_with_one_reference_that_ends_with_the_command(options, paired, monkeypatch, capsys):
+    seen, closed = [], []
+    monkeypatch.setattr(pairing.Reference, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(pairing, "measure", lambda spec, reference, _: seen.append(reference) or spec.blank("layer"))
+    arguments = ["run", "--layer", "12x20", "--methods", "full,head", "--json", "-"]
+    monkeypatch.setattr(cli, "_outcome", lambda record: record.status)
+    assert cli.main([*arguments, *options]) == 0
+    assert seen[0] is seen[1]
+    assert (seen[0] is not None) == paired
+    assert closed == ([seen[0]] if paired else [])
+
+
 def test_defaults_and_choices_are_those_of_the_harness():
     run = cli.parser().parse_args(["run", "--layer", "2x3"])
     spec = RunSpec(method="full")

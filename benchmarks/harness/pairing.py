@@ -86,6 +86,7 @@ class Run:
         self.pairing: str | None = None
         self._reference = reference
         self._time_limit_s = time_limit_s
+        self._rounds_timed = 0
         self._worker: Worker | None = None
         self._failure: Record | None = None
 
@@ -109,7 +110,10 @@ class Run:
         try:
             self._start_worker()
         except RunFailed as failure:
-            self._crowded_or_failed(failure.record)
+            if self.pairing is None or failure.record.status not in CROWDED:
+                self._failure = failure.record
+                return
+            self._take_turns_in_blocks()
         if self.pairing == "rounds":
             # The reference steps with the method's model in memory, and is warm again after its rest.
             try:
@@ -143,7 +147,9 @@ class Run:
             return 0.0
         try:
             self._start_worker()
-            self.seconds.append(statistics.median(self._worker.round() for _ in range(self._rounds_of_a_block)))
+            rounds = [self._worker.round() for _ in range(self._rounds_of_a_block)]
+            self.seconds.append(statistics.median(rounds))
+            self._rounds_timed += len(rounds)
         except RunFailed as failure:
             self._failure = failure.record
             return 0.0
@@ -193,12 +199,6 @@ class Run:
             self._worker.close()
             self._worker = None
 
-    def _crowded_or_failed(self, record: Record) -> None:
-        if self.pairing == "rounds" and record.status in CROWDED:
-            self._take_turns_in_blocks()
-        else:
-            self._failure = record
-
     def _take_turns_in_blocks(self) -> None:
         self._reference.close()
         self._end_worker()
@@ -214,7 +214,7 @@ class Run:
             "step_time_min_s": min(self.seconds),
             "step_time_max_s": max(self.seconds),
             "timed_rounds": len(self.seconds),
-            "timed_steps": len(self.seconds) * self._rounds_of_a_block * period,
+            "timed_steps": self._rounds_timed * period,
             "pairing": self.pairing,
             **ratio_fields(self.seconds, self.reference_seconds),
         }
