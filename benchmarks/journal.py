@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.spec import RunSpec
+from benchmarks.harness.worker import expected_environment
 from reports.record import Record, RecordError, write_bytes
 
 # A run that ended so would end so again; the others may have met a machine in trouble.
@@ -87,10 +87,9 @@ def _same(entry: Entry, spec: RunSpec) -> bool:
         return False
     if record.status == "ok" and record.pairing != "blocks" and record.timed_rounds != spec.rounds:
         return False
-    now = environment("cpu")
-    same = ["commit", "python_version", "torch_version", "platform"]
-    if spec.device == "cpu":
-        # Asking for a GPU's name would open a context on it.
+    now = expected_environment(spec)
+    same = ["commit", "python_version", "torch_version", "platform", "threads", "allocator"]
+    if now["device_name"] is not None:
         same.append("device_name")
     return record.transformers_version in (None, version("transformers")) and all(
         getattr(record, name) == now[name] for name in same

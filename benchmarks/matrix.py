@@ -25,6 +25,9 @@ TOKENS = (512, 2048)
 DTYPES = ("float32", "bfloat16")
 # Sequences in a batch of T tokens: what tells an example from a minibatch.
 SHAPE_BATCH = 4
+# Their gradients are random, so there is no basis to find: more steps would cost hours over the matrix and change
+# nothing but the preparation's time.
+SHAPE_CALIBRATION_STEPS = 10
 
 # Models: batch and tokens per example. The text is short questions for the encoder, running text for the decoder.
 MODELS = {"minilm-l6": (16, 64), "smollm2-135m": (2, 128)}

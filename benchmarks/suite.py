@@ -92,7 +92,11 @@ class Suite:
         if "model" in case:
             workload = dict(zip(("batch", "seq"), matrix.MODELS[case["model"]], strict=True))
         else:
-            workload = {"batch": matrix.SHAPE_BATCH, "seq": case.pop("tokens") // matrix.SHAPE_BATCH}
+            workload = {
+                "batch": matrix.SHAPE_BATCH,
+                "seq": case.pop("tokens") // matrix.SHAPE_BATCH,
+                "calibration_steps": matrix.SHAPE_CALIBRATION_STEPS,
+            }
         for kind in ("layer", "block"):
             if kind in case:
                 d_in, d_out = case[kind].split("x")

@@ -160,6 +160,7 @@ class Record:
     platform: str | None = _f("operating system and architecture")
     device_name: str | None = _f("processor or GPU")
     threads: int | None = _f("torch's intra-operation threads")
+    allocator: str | None = _f("what the environment of the process told the C allocator and torch's")
     schema_version: int = _f("version of this schema", SCHEMA_VERSION)
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli, matrix
-from benchmarks.harness.environment import environment
+from benchmarks.harness.worker import expected_environment
 from benchmarks.journal import Entry, Journal
 from benchmarks.suite import StepClock, Suite
 from reports.record import BREAKDOWN, Record, read
@@ -63,8 +63,8 @@ class FakeRun:
         return self.seconds[-1]
 
     def finish(self):
-        from benchmarks.harness.environment import environment
-        known = {**environment("cpu"), "threads": self.spec.threads}
+        from benchmarks.harness.worker import expected_environment
+        known = expected_environment(self.spec)
         times = {"timed_rounds": len(self.seconds), "peak_step_bytes": 2**20} if self.rounds else {}
         outcome = {"status": self.told["status"], "reason": "as told"} if "status" in self.told else times
         return self.spec.blank(self.spec.label(), **known, **outcome)
@@ -333,7 +333,7 @@ def suite(**options):
 def kept(tmp_path, spec, **fields):
     """A journal that has been written and read again, with one run of `spec`."""
     journal = Journal(tmp_path / "out.json")
-    record = spec.blank("layer 16x24", **{**environment("cpu"), "threads": 2, "timed_rounds": 3, **fields})
+    record = spec.blank("layer 16x24", **{**expected_environment(spec), "timed_rounds": 3, **fields})
     journal.add("it", Entry(record, (1.0, 2.0, 3.0)))
     again = Journal(tmp_path / "out.json")
     again.resume()
@@ -356,6 +356,7 @@ def test_a_kept_run_is_found_again(tmp_path):
         {"transformers_version": "1.0"},
         {"device_name": "another"},
         {"threads": 3},
+        {"allocator": None},
         {"seed": 1},
         {"budget": 8},
         {"timed_rounds": 4},

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
 import torch
 
+_ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,7 +29,14 @@ def environment(device: str) -> dict[str, object]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "threads": torch.get_num_threads(),
+        "allocator": allocator(os.environ),
     }
+
+
+def allocator(variables: Mapping[str, str]) -> str | None:
+    """What these environment variables tell the C allocator and torch's; None where they tell them nothing."""
+    names = sorted(name for name in variables if name.startswith("MALLOC_") or name in _ALLOCATOR_VARIABLES)
+    return " ".join(f"{name}={variables[name]}" for name in names) or None
 
 
 def processor() -> str:

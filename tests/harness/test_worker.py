@@ -16,7 +16,7 @@ from benchmarks.harness import worker
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.protocol import Diverged
 from benchmarks.harness.spec import RunSpec
-from benchmarks.harness.worker import RunFailed, Worker, told
+from benchmarks.harness.worker import RunFailed, Worker, expected_environment, told
 
 SPEC = RunSpec(method="lora", budget=2, layer=(16, 24), batch=2, seq=4, rounds=1)
 # A worker that answers every request with what it is given, and the spec's line with nothing.
@@ -44,6 +44,16 @@ def test_a_run_in_a_process_of_its_own():
     assert plain["process_peak_bytes"] > memory["peak_step_bytes"]
     assert (memory["model"], memory["trainable_params"]) == ("layer 16x24", 2 * (16 + 24) + 24)
     assert memory["torch_version"]
+
+
+def test_a_worker_keeps_the_memory_that_it_frees_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    with Worker(SPEC) as it:
+        assert it.memory()["allocator"] == expected_environment(SPEC)["allocator"]
+    assert "MALLOC_TRIM_THRESHOLD_=" in expected_environment(SPEC)["allocator"]
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "123456")
+    with Worker(SPEC) as it:
+        assert "MALLOC_TRIM_THRESHOLD_=123456" in it.memory()["allocator"]
 
 
 def test_bytes_are_the_same_in_every_process():
