@@ -33,10 +33,10 @@ DEFAULT_TIME_LIMIT_S = 1800
 LONGEST_WAIT_S = 2_000_000  # poll() takes milliseconds in a C int
 
 
-# What glibc's allocator is told in a worker: keep what is freed. By default it returns memory to the system and takes it
-# back in every step, at addresses that differ from process to process, and the page faults of that (tens of thousands in a
-# step of a small encoder) made two workers of the SAME method differ by up to 15 %; with this by less than 1 %.
-# Who sets these variables otherwise is left alone; other allocators do not read them.
+# What glibc's allocator is told in a worker: keep what is freed. By default it returns memory to the system and takes
+# it back in every step, at addresses that differ from process to process, and the page faults of that (tens of
+# thousands in a step of a small encoder) made two workers of the SAME method differ by up to 15 %; with this, by less
+# than 1 %. Who sets these variables otherwise is left alone; other allocators do not read them.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**46)}
 
 REQUESTS = ("prepare", "round", "plain", "memory")
