@@ -87,6 +87,15 @@ def test_steps_alternate_with_full_fine_tunings(workers):
     assert sorted(log[-2:]) == [("close", "full"), ("close", "lora")]
 
 
+def test_a_rest_comes_before_each_step_of_a_pair_and_is_no_part_of_it(workers, monkeypatch):
+    _, log = workers
+    monkeypatch.setattr(pairing.time, "sleep", lambda seconds: log.append(("rest", seconds)))
+    with Reference() as reference:
+        assert measure(SPEC, reference).step_time_s == 1.0
+    pairs = log[log.index(("rest", pairing.REST_S)) :]
+    assert [what for what, _ in pairs[: 4 * SPEC.rounds]] == ["rest", "round"] * 2 * SPEC.rounds
+
+
 def test_the_reference_is_kept_while_the_conditions_stay(workers):
     _, log = workers
     with Reference() as reference:
