@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from reports import figures, palette, record, sheet, tables
-from reports.record import Record
+from reports import palette, record, sheet, tables
+from reports.figures import breakdown, by_size, counts, panels, step_time, timeline
+from reports.figures.panels import Panels
+from reports.overview import overview
+from reports.record import RATIO_CONFIDENCE, Record
 
 TEMPLATES = Path(__file__).parent / "templates"
 # A reason longer than this (a traceback, say) is folded away behind its beginning.
 LONGEST_REASON = 160
+# A longer name is cut short in the overview; the sections below have all of it.
+LONGEST_NAME = 60
 # An environment field with more values than this names the rest by their number.
 MOST_VALUES = 6
 
@@ -23,29 +28,59 @@ _UNITS = {"_bytes": "bytes", "_params": "entries", "_s": "seconds"}
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of figure: its file name's stem, how it is drawn, its text twin and its caption."""
+    """A kind of figure of a workload: its file name's stem, how it is drawn and told in words, and its caption."""
 
     stem: str
-    draw: Callable[..., bytes]
-    describe: Callable[[str, figures.Panels], str]
+    draw: Callable[[str, Panels, sheet.Layout], sheet.Sheet]
+    describe: Callable[[str, Panels], str]
+    most: int  # records of a regime that are drawn
     caption: str
 
 
 KINDS = (
     Kind(
         "breakdown",
-        figures.breakdown,
-        figures.breakdown_alt,
+        breakdown.draw,
+        breakdown.describe,
+        panels.MOST_ROWS,
         "What was live at the instant of the step's peak. Regimes share one scale. Hatched bars are predictions; "
         "a bar that is missing was not obtained.",
     ),
     Kind(
+        "timeline",
+        timeline.draw,
+        timeline.describe,
+        timeline.MOST_PANELS,
+        "Live bytes through one steady-state step by category, stacked in the order of the legend, on one scale for "
+        "all panels. Across stand allocations and frees in their order, not time; each phase is stretched to the same "
+        "width, so that the phases of two methods can be compared. Hatched areas are predictions; a panel that is "
+        "empty was not obtained.",
+    ),
+    Kind(
+        "step-time",
+        step_time.draw,
+        step_time.describe,
+        panels.MOST_ROWS,
+        "The time of a step as a ratio to full fine-tuning's neighbouring step: the median over the rounds with its "
+        f"{RATIO_CONFIDENCE:.0%} bootstrap interval, and beside it the plain median in milliseconds. Left of the line "
+        "a step is shorter than full fine-tuning's. The row of full sets it against a second worker of full: an A/A "
+        "control, whose distance from 1 is the harness's own noise. Paired in blocks: two models did not fit into "
+        "memory at once, so blocks of rounds were set against one another. Hollow markers are predictions.",
+    ),
+    Kind(
         "counts",
-        figures.counts,
-        figures.counts_alt,
+        counts.draw,
+        counts.describe,
+        panels.MOST_ROWS,
         "The parameter counts side by side. Where a support moves they differ by orders of magnitude, "
         "so that one of them alone misleads. Hollow markers are predictions.",
     ),
+)
+BY_SIZE_CAPTION = (
+    "The most bytes live in a steady-state step of one layer, or of two MLP blocks, by size and method, on one scale. "
+    "Within a size methods stand side by side in the order of the legend. A line joins a method's peaks where each "
+    "size has one record of it; where one has several (other budgets, other conditions), each has its mark. "
+    "A cross stands for what was not obtained. Hollow markers and dashed lines are predictions."
 )
 
 
@@ -54,7 +89,8 @@ class Image:
     """One rendering of a figure as a data URI; the page's style shows the one that fits the reader's screen."""
 
     layout: str
-    theme: str
+    width: int
+    height: int
     uri: str
 
 
@@ -103,21 +139,19 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     out = Path(out)
     records = list(records)
     record.write_bytes(_encode(record.to_csv(records)), out / "records.csv")
+    chart = by_size.Chart.of(records)
+    sizes = _by_size(chart, out / "peak-by-size.png") if chart.regimes else None
     sections = []
     for position, (workload, regimes) in enumerate(tables.by_workload(records).items(), start=1):
-        illustrations = []
-        for kind in KINDS:
-            illustration, png = _illustrate(kind, workload.title, regimes)
-            record.write_bytes(png, out / f"{kind.stem}-{position}.png")
-            illustrations.append(illustration)
+        illustrations = [_of_kind(kind, workload.title, regimes, out / f"{kind.stem}-{position}.png") for kind in KINDS]
         sections.append(_section(workload, regimes, tuple(illustrations)))
     page = out / "index.html"
-    record.write_bytes(_encode(render(records, sections)), page)
+    record.write_bytes(_encode(render(records, sections, sizes)), page)
     return page
 
 
-def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
-    """The page's HTML."""
+def render(records: Sequence[Record], sections: Sequence[Section], sizes: Illustration | None = None) -> str:
+    """The page's HTML; `sizes` is the figure of all layers and blocks, where there are any."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -128,6 +162,8 @@ def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
     return environment.get_template("report.html.j2").render(
         records=records,
         sections=sections,
+        sizes=sizes,
+        overview=overview(records),
         summary=tables.summary(records),
         period=tables.period(records),
         environment=[(name, _values(values)) for name, values in tables.environment(records)],
@@ -136,6 +172,7 @@ def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
         method_colour=palette.method_colour,
         themes=(palette.LIGHT, palette.DARK),
         longest_reason=LONGEST_REASON,
+        longest_name=LONGEST_NAME,
         unmatched=tables.UNMATCHED,
         missing=tables.MISSING,
     )
@@ -160,25 +197,31 @@ def _section(
     return Section(workload.title, illustrations, tuple(parts))
 
 
-def _illustrate(kind: Kind, title: str, panels: figures.Panels) -> tuple[Illustration, bytes]:
-    """The illustration, and the wide, light rendering, which also goes into a file of its own."""
-    pngs = {
-        (layout.name, theme.name): kind.draw(title, panels, layout, theme)
-        for layout in (sheet.WIDE, sheet.NARROW)
-        for theme in (palette.LIGHT, palette.DARK)
-    }
-    images = tuple(Image(layout, theme, _data_uri(png)) for (layout, theme), png in pngs.items())
-    caption = kind.caption + _left_out(panels)
-    return Illustration(images, kind.describe(title, panels), caption), pngs["wide", "light"]
+def _of_kind(kind: Kind, title: str, groups: Panels, path: Path) -> Illustration:
+    """A workload's figure of this kind; its wide rendering is also written to `path`."""
+    images = _images({layout: kind.draw(title, groups, layout) for layout in (sheet.WIDE, sheet.NARROW)}, path)
+    return Illustration(images, kind.describe(title, groups), kind.caption + _left_out(groups, kind.most))
 
 
-def _left_out(panels: figures.Panels) -> str:
-    shown = figures.drawn(panels)
+def _by_size(chart: by_size.Chart, path: Path) -> Illustration:
+    images = _images({layout: by_size.draw(chart, layout) for layout in (sheet.WIDE, sheet.NARROW)}, path)
+    rest = f" {chart.left_out:,} records more stand in the tables alone." if chart.left_out else ""
+    return Illustration(images, by_size.describe(chart), BY_SIZE_CAPTION + rest)
+
+
+def _images(sheets: Mapping[sheet.Layout, sheet.Sheet], path: Path) -> tuple[Image, ...]:
+    record.write_bytes(sheets[sheet.WIDE].png(), path)
+    return tuple(
+        Image(layout.name, layout.width, round(drawing.height), _data_uri(drawing.svg()))
+        for layout, drawing in sheets.items()
+    )
+
+
+def _left_out(groups: Panels, most: int) -> str:
     parts = [
-        f" Of the {len(group):,} records with train_rest {regime} the first {len(shown[regime]):,} are drawn; "
-        "the table has them all."
-        for regime, group in panels.items()
-        if len(group) > len(shown[regime])
+        f" Of the {len(group):,} records with train_rest {regime} the first {most:,} are drawn; the table has them all."
+        for regime, group in groups.items()
+        if len(group) > most
     ]
     return "".join(parts)
 
@@ -192,8 +235,8 @@ def _values(values: list[tuple[str, int]]) -> list[str]:
     return [*lines, f"and {rest:,} more"] if rest > 0 else lines
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
 def _encode(text: str) -> bytes:

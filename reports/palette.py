@@ -1,7 +1,8 @@
 """Colours of the report: one per method, one per category of the memory breakdown, and the two themes.
 
 Colours of a set stay apart under simulated protanopia, deuteranopia and tritanopia; some are pale on white or dark on
-black, so whoever fills with them draws an outline too. A colour never stands alone: a name is printed beside it.
+black, so whoever fills with them draws an outline too. A colour never stands alone: a name is printed beside it, or a
+marker's shape says the same.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ METHOD_COLOURS = MappingProxyType(
         "sparsegrad": "#7f3c8d",
     }
 )
+# A method's shape, in matplotlib's letters, wherever names do not stand beside the marks.
+METHOD_MARKERS = MappingProxyType(dict(zip(METHOD_COLOURS, "sdo<>^D*", strict=True)))
+_OTHER_MARKERS = "phHPXv8"
 
 CATEGORY_COLOURS = MappingProxyType(
     {
@@ -34,6 +38,8 @@ CATEGORY_COLOURS = MappingProxyType(
         "temporary_bytes": "#ddcc77",
     }
 )
+# Lines upon the colours above, which are the same in both themes.
+INK = "#14171a"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,21 @@ def method_colour(method: str) -> str:
     """The colour of a method, ``#rrggbb``; a name without one of its own gets a hue from its checksum."""
     if method in METHOD_COLOURS:
         return METHOD_COLOURS[method]
-    # crc32, not hash(): a name must have the same colour in every process.
-    hue = zlib.crc32(method.encode("utf-8", "replace")) % 360 / 360
+    hue = _checksum(method) % 360 / 360
     return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, 0.5, 0.45))
+
+
+def method_marker(method: str) -> str:
+    """The marker of a method; a name without one of its own gets one of the others from its checksum."""
+    return METHOD_MARKERS.get(method) or _OTHER_MARKERS[_checksum(method) // 360 % len(_OTHER_MARKERS)]
+
+
+def by_name(method: str) -> tuple[int, str]:
+    """The order of methods wherever they stand side by side: those with a colour of their own first."""
+    names = list(METHOD_COLOURS)
+    return (names.index(method) if method in METHOD_COLOURS else len(names), method)
+
+
+def _checksum(method: str) -> int:
+    # crc32, not hash(): a name must look the same in every process.
+    return zlib.crc32(method.encode("utf-8", "replace"))

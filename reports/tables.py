@@ -17,7 +17,7 @@ UNREADABLE = 10**18
 
 UNMATCHED = "unmatched"
 
-# What two records must share for the ratio of their memory or time to mean anything.
+# What two records must share for the ratio of their memory to mean anything.
 CONDITIONS = (
     "targets",
     "adapter_dtype",
@@ -34,7 +34,7 @@ CONDITIONS = (
     "transformers_version",
 )
 # Said of every table as well: shared values above it, differing ones as columns of it.
-CIRCUMSTANCES = (*CONDITIONS, "equal_trainable", "padding_fraction", "lr", "seed")
+CIRCUMSTANCES = (*CONDITIONS, "equal_trainable", "padding_fraction", "lr", "seed", "pairing", "timed_rounds")
 ENVIRONMENT = (
     "created_at",
     "commit",
@@ -46,7 +46,9 @@ ENVIRONMENT = (
     "device_name",
     "threads",
 )
-# Ratios are taken to these methods, where a table has them.
+# What is not said beside a name: how figures draw a prediction, a reference that all share, how steps were timed.
+_NOT_NAMED = ("source", "equal_trainable", "pairing", "timed_rounds")
+# Ratios of peaks are taken to these methods, where a table has them.
 REFERENCES = ("lora", "full")
 
 
@@ -80,6 +82,15 @@ def count(entries: int | None) -> str:
 def milliseconds(time_s: float | None) -> str:
     """Seconds as milliseconds, without the unit."""
     return number(time_s, Fraction(1000))
+
+
+def time_ratio(record: Record) -> str:
+    """The step's time to that of full fine-tuning's neighbouring step, with its interval: ``0.63 (0.61 to 0.66)``."""
+    if record.step_time_ratio is None:
+        return MISSING
+    ends = [number(end) for end in (record.step_time_ratio_low, record.step_time_ratio_high)]
+    interval = "no interval" if MISSING in ends else " to ".join(ends)
+    return f"{number(record.step_time_ratio)} ({interval})"
 
 
 def ratio(value: int | float | None, reference: int | float | None) -> Fraction | None:
@@ -139,7 +150,12 @@ class Workload:
     @property
     def title(self) -> str:
         """The workload in one line."""
-        return f"{self.model}, batch {plain(self.batch)}, seq {plain(self.seq)}, {self.dtype}"
+        return f"{self.model}, {self.shape}"
+
+    @property
+    def shape(self) -> str:
+        """The batch's shape and dtype."""
+        return f"batch {plain(self.batch)}, seq {plain(self.seq)}, {self.dtype}"
 
 
 def by_workload(records: Iterable[Record]) -> dict[Workload, dict[str, list[Record]]]:
@@ -160,6 +176,12 @@ def shared_circumstances(records: Sequence[Record]) -> list[tuple[str, str]]:
 def differing_circumstances(records: Sequence[Record]) -> list[str]:
     """The circumstances in which `records` differ."""
     return [name for name in CIRCUMSTANCES if len({getattr(record, name) for record in records}) > 1]
+
+
+def variation(record: Record, group: Sequence[Record]) -> str:
+    """What tells `record` from the others of `group` besides its label."""
+    names = [name for name in differing_circumstances(group) if name not in _NOT_NAMED]
+    return ", ".join(f"{name} {plain(getattr(record, name))}" for name in names)
 
 
 def environment(records: Iterable[Record]) -> list[tuple[str, list[tuple[str, int]]]]:
@@ -246,7 +268,10 @@ _CUDA = (
     Column("CUDA, MiB", "reserved", "peak_reserved_bytes"),
     Column("CUDA, MiB", "driver", "nvml_process_bytes"),
 )
-_TIME = (Column("time, ms", "step", "step_time_s"),)
+_TIME = (
+    Column("step time", "ms", "step_time_s"),
+    Column("step time", "to\u00a0full's, with interval", "step_time_ratio"),
+)
 _COUNTS = (
     Column("parameters", "budget", "budget_params"),
     Column("parameters", "trainable", "trainable_params"),
@@ -257,7 +282,7 @@ _COUNTS = (
 
 
 def results_table(records: Sequence[Record]) -> Table:
-    """The table of records of one workload and regime, with ratios to `REFERENCES` where it has those methods."""
+    """The table of records of one workload and regime, with peaks to those of `REFERENCES` where it has them."""
     differing = differing_circumstances(records)
     described = (
         Column("run", "method", "method", numeric=False),
@@ -267,40 +292,42 @@ def results_table(records: Sequence[Record]) -> Table:
     )
     cuda = tuple(column for column in _CUDA if any(getattr(record, column.field) is not None for record in records))
     present = [method for method in REFERENCES if any(record.method == method for record in records)]
-    ratios = tuple(
-        (method, Column("ratio", f"{name}\u00a0/\u00a0{method}", field))
-        for name, field in (("peak", "peak_step_bytes"), ("time", "step_time_s"))
-        for method in present
-    )
-    columns = (*described, *_LIVE, *cuda, *_TIME, *(column for _, column in ratios), *_COUNTS)
+    ratios = tuple((method, Column("ratio", f"peak\u00a0/\u00a0{method}", "peak_step_bytes")) for method in present)
+    columns = (*described, *_LIVE, *cuda, *(column for _, column in ratios), *_TIME, *_COUNTS)
 
-    references = _references(records)
+    found = references(records)
     used: dict[str, None] = {}
     rows = []
     for record in records:
         cells = [_text_cell(record, column) for column in described]
-        cells += [_value_cell(record, column.field) for column in (*_LIVE, *cuda, *_TIME)]
-        for method, column in ratios:
-            reference = references.get((method, _conditions(record)))
-            cell = _ratio_cell(record, reference, column.field)
+        cells += [_value_cell(record, column.field) for column in (*_LIVE, *cuda)]
+        for method, _ in ratios:
+            reference = found.get((method, conditions(record)))
+            cell = _ratio_cell(record, reference)
             if reference is not None and not cell.missing:
                 used.setdefault(reference.label)
             cells.append(cell)
-        cells += [_value_cell(record, column.field) for column in _COUNTS]
+        cells += [_value_cell(record, column.field) for column in (*_TIME, *_COUNTS)]
         rows.append(Row(record, tuple(cells)))
     return Table(columns, tuple(rows), tuple(used))
 
 
-def _references(records: Iterable[Record]) -> dict[tuple[str, tuple[object, ...]], Record]:
+def references(records: Iterable[Record]) -> dict[tuple[str, tuple[object, ...]], Record]:
     """For each method and `CONDITIONS` the first record that ended ok: what ratios under these conditions divide by."""
-    references: dict[tuple[str, tuple[object, ...]], Record] = {}
+    found: dict[tuple[str, tuple[object, ...]], Record] = {}
     for record in records:
         if record.status == "ok":
-            references.setdefault((record.method, _conditions(record)), record)
-    return references
+            found.setdefault((record.method, conditions(record)), record)
+    return found
 
 
-def _conditions(record: Record) -> tuple[object, ...]:
+def peak_ratio(record: Record, reference: Record | None) -> Fraction | None:
+    """The step's peak to that of `reference`; None where there is none or either peak was not obtained."""
+    return None if reference is None else ratio(record.peak_step_bytes, reference.peak_step_bytes)
+
+
+def conditions(record: Record) -> tuple[object, ...]:
+    """What `record` must share with another for the ratio of their memory to mean anything."""
     return tuple(getattr(record, name) for name in CONDITIONS)
 
 
@@ -319,12 +346,16 @@ def _text_cell(record: Record, column: Column) -> Cell:
 
 def _value_cell(record: Record, field: str) -> Cell:
     value = getattr(record, field)
-    show = mib if field.endswith("_bytes") else milliseconds if field.endswith("_s") else count
-    return Cell(show(value), None if value is None else str(value))
+    if field == "step_time_ratio":
+        text = time_ratio(record)
+    else:
+        show = mib if field.endswith("_bytes") else milliseconds if field.endswith("_s") else count
+        text = show(value)
+    return Cell(text, None if value is None else str(value))
 
 
-def _ratio_cell(record: Record, reference: Record | None, field: str) -> Cell:
-    value = None if reference is None else ratio(getattr(record, field), getattr(reference, field))
+def _ratio_cell(record: Record, reference: Record | None) -> Cell:
+    value = peak_ratio(record, reference)
     if value is None:
         return Cell(MISSING, None)
     return Cell(number(value, decimals=3), "Infinity" if value >= UNREADABLE else repr(float(value)))

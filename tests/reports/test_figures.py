@@ -5,19 +5,34 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
-from reports import figures, palette, sheet
+from reports import page, palette, sheet
+from reports.figures import breakdown, counts, panels
 from reports.record import BREAKDOWN, COUNTS, STATUSES, Record
+from reports.timeline import Timeline
 
 MIB = 2**20
 # Six different sizes, so that no two categories can be swapped unseen; they sum to 210 MiB.
 SIZES = dict(zip(BREAKDOWN, (60 * MIB, 50 * MIB, 40 * MIB, 30 * MIB, 20 * MIB, 10 * MIB), strict=True))
 ONE = Record(method="lora", budget=7, model="m", peak_step_bytes=sum(SIZES.values()), **SIZES)
 EMPTY = Record(method="lora", model="m")
-COUNTED = replace(ONE, **{name: 10 ** (3 + index) for index, name in enumerate(COUNTS)})
+COUNTED = replace(
+    ONE,
+    **{name: 10 ** (3 + index) for index, name in enumerate(COUNTS)},
+    step_time_s=0.2,
+    step_time_ratio=0.5,
+    step_time_ratio_low=0.4,
+    step_time_ratio_high=0.6,
+    timeline=Timeline(
+        (("forward", 0), ("backward", 2), ("optimizer", 5), ("zero_grad", 6)),
+        tuple(range(8)),
+        {name: tuple(size // 8 * n for n in (1, 3, 5, 8, 7, 5, 2, 1)) for name, size in SIZES.items()},
+    ).dumps(),
+)
 METHODS = [
     ("full", None),
     ("head", None),
@@ -35,7 +50,8 @@ REALISTIC = {
 }
 LAYOUTS = [sheet.WIDE, sheet.NARROW]
 THEMES = [palette.LIGHT, palette.DARK]
-DRAW = [figures.breakdown, figures.counts]
+DRAW = [kind.draw for kind in page.KINDS]
+NAMES = [kind.stem for kind in page.KINDS]
 
 
 def pixels(png: bytes) -> Image.Image:
@@ -48,28 +64,30 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 def widths(image: Image.Image) -> dict[str, int]:
     """How many pixels of each category the bar has on its middle row: that with most coloured pixels."""
-    colours = {rgb(colour): name for name, colour in palette.CATEGORY_COLOURS.items()}
+    colours = {name: rgb(colour) for name, colour in palette.CATEGORY_COLOURS.items()}
     rows = []
-    for y in range(image.height):
-        row = [colours.get(image.getpixel((x, y))) for x in range(image.width)]
-        rows.append({name: row.count(name) for name in BREAKDOWN})
+    beside = round(40 * sheet.DENSITY)  # the y label
+    for y in range(0, image.height, 3):
+        row = [image.getpixel((x, y)) for x in range(beside, image.width)]
+        rows.append({name: sum(near(pixel, colour) for pixel in row) for name, colour in colours.items()})
     return max(rows, key=lambda row: sum(row.values()))
 
 
-@pytest.fixture
-def drawn_figure(monkeypatch):
-    """Draws with a function of `figures` and gives the matplotlib figure instead of its PNG bytes."""
-    monkeypatch.setattr(sheet.Sheet, "png", lambda sheet: sheet.figure)
-    return lambda draw, panels, layout=sheet.WIDE, theme=palette.LIGHT: draw("w", panels, layout, theme)
+def near(pixel: tuple[int, ...], colour: tuple[int, ...]) -> bool:
+    """Whether they are the same but for what the PNG's palette rounds off."""
+    return max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) <= 2
+
+
+def drawn_figure(draw, groups, layout=sheet.WIDE):
+    return draw("w", groups, layout).figure
 
 
 def texts(figure) -> list[str]:
     return [text.get_text() for ax in figure.axes for text in ax.texts] + [text.get_text() for text in figure.texts]
 
 
-@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
-def test_bar_lengths_are_proportional_to_bytes(theme):
-    bar = widths(pixels(figures.breakdown("w", {"all": [ONE]}, sheet.WIDE, theme)))
+def test_bar_lengths_are_proportional_to_bytes():
+    bar = widths(pixels(breakdown.draw("w", {"all": [ONE]}).png()))
     total = sum(bar.values())
     for name, size in SIZES.items():
         # Each segment loses a pixel or two to the outlines at its ends.
@@ -77,33 +95,37 @@ def test_bar_lengths_are_proportional_to_bytes(theme):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("draw", DRAW)
-def test_image_is_a_png_as_wide_as_its_layout(draw, layout):
-    png = draw("w", REALISTIC, layout)
+@pytest.mark.parametrize("draw", DRAW, ids=NAMES)
+def test_image_is_a_png_as_large_as_its_sheet(draw, layout):
+    drawing = draw("w", {"all": [COUNTED, EMPTY]}, layout)
+    png = drawing.png()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert pixels(png).width == pytest.approx(layout.width * sheet.DENSITY, abs=1)
+    assert pixels(png).height == pytest.approx(drawing.height * sheet.DENSITY, abs=1)
+    assert near(pixels(png).getpixel((0, 0)), rgb(palette.LIGHT.background))
 
 
-@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
-@pytest.mark.parametrize("draw", DRAW)
-def test_background_is_the_theme_s(draw, theme):
-    assert pixels(draw("w", REALISTIC, sheet.NARROW, theme)).getpixel((0, 0)) == rgb(theme.background)
-
-
-@pytest.mark.parametrize("draw", DRAW)
+@pytest.mark.parametrize("draw", DRAW, ids=NAMES)
 def test_same_records_give_the_same_bytes(draw):
-    assert draw("w", {"all": [COUNTED]}) == draw("w", {"all": [COUNTED]})
+    first, second = (draw("w", {"all": [COUNTED, replace(COUNTED, source="predicted")]}) for _ in range(2))
+    assert first.png() == second.png()
+    assert first.svg() == second.svg()
 
 
-@pytest.mark.parametrize("draw", DRAW)
+@pytest.mark.parametrize("draw", DRAW, ids=NAMES)
 def test_predicted_looks_different_from_measured(draw):
-    measured = draw("w", {"all": [COUNTED]})
-    assert draw("w", {"all": [replace(COUNTED, source="predicted")]}) != measured
+    # Without legend and text, so that the marks themselves must differ.
+    marks = []
+    for source in ("measured", "predicted"):
+        (ax,) = drawn_figure(draw, {"all": [replace(COUNTED, source=source)]}).axes
+        looks = [(patch.get_hatch(), patch.get_facecolor()) for patch in ax.patches]
+        marks.append(looks + [line.get_markerfacecolor() for line in ax.lines])
+    assert marks[0] != marks[1]
 
 
-def test_predicted_bars_are_hatched_and_measured_ones_are_not(drawn_figure):
+def test_predicted_bars_are_hatched_and_measured_ones_are_not():
     for source, hatched in (("measured", False), ("predicted", True)):
-        figure = drawn_figure(figures.breakdown, {"all": [replace(ONE, source=source)]})
+        figure = drawn_figure(breakdown.draw, {"all": [replace(ONE, source=source)]})
         (ax,) = figure.axes
         assert len(ax.patches) == len(BREAKDOWN)
         assert all(bool(patch.get_hatch()) is hatched for patch in ax.patches)
@@ -111,51 +133,55 @@ def test_predicted_bars_are_hatched_and_measured_ones_are_not(drawn_figure):
         assert ("hatched: predicted" in labels) is hatched
 
 
-def test_segments_end_where_the_total_is(drawn_figure):
-    (ax,) = drawn_figure(figures.breakdown, {"all": [ONE]}).axes
+def test_segments_end_where_the_total_is():
+    (ax,) = drawn_figure(breakdown.draw, {"all": [ONE]}).axes
     ends = [patch.get_x() + patch.get_width() for patch in ax.patches]
     assert ends[-1] == pytest.approx(ONE.peak_step_bytes / MIB)
     assert [patch.get_x() for patch in ax.patches[1:]] == pytest.approx(ends[:-1])
 
 
-def test_total_is_printed(drawn_figure):
-    assert "210.00 MiB" in texts(drawn_figure(figures.breakdown, {"all": [ONE]}))
+def test_total_is_printed():
+    assert "210.00 MiB" in texts(drawn_figure(breakdown.draw, {"all": [ONE]}))
 
 
-def test_missing_bar_says_so_and_has_no_length(drawn_figure):
+def test_missing_bar_says_so_and_has_no_length():
     failed = replace(EMPTY, status="oom", reason="card full")
-    figure = drawn_figure(figures.breakdown, {"all": [failed]})
+    figure = drawn_figure(breakdown.draw, {"all": [failed]})
     assert figure.axes[0].patches[:] == []
     assert "not obtained (oom: card full)" in texts(figure)
     assert "0" not in texts(figure)
 
 
-def test_zero_is_not_missing(drawn_figure):
-    found = texts(drawn_figure(figures.breakdown, {"all": [replace(EMPTY, peak_step_bytes=0)]}))
+def test_zero_is_not_missing():
+    found = texts(drawn_figure(breakdown.draw, {"all": [replace(EMPTY, peak_step_bytes=0)]}))
     assert "0 MiB" in found
-    assert not any(figures.NOT_OBTAINED in text for text in found)
+    assert not any(panels.NOT_OBTAINED in text for text in found)
 
 
-def test_what_categories_do_not_explain_is_drawn_apart(drawn_figure):
+def test_what_categories_do_not_explain_is_drawn_apart():
     partial = replace(ONE, temporary_bytes=None)
-    figure = drawn_figure(figures.breakdown, {"all": [partial]})
+    figure = drawn_figure(breakdown.draw, {"all": [partial]})
     assert figure.axes[0].patches[-1].get_width() == pytest.approx(SIZES["temporary_bytes"] / MIB)
     assert figure.legends[0].get_texts()[-1].get_text() == "category not obtained"
 
 
-def test_categories_without_a_total(drawn_figure):
-    assert "total not obtained" in texts(drawn_figure(figures.breakdown, {"all": [replace(ONE, peak_step_bytes=None)]}))
+def test_categories_without_a_total():
+    assert "total not obtained" in texts(drawn_figure(breakdown.draw, {"all": [replace(ONE, peak_step_bytes=None)]}))
 
 
-def test_regimes_share_one_scale(drawn_figure):
-    for draw in DRAW:
-        small = replace(COUNTED, **{name: 1 for name in (*COUNTS, *BREAKDOWN)}, peak_step_bytes=6)
-        first, second = drawn_figure(draw, {"all": [COUNTED], "none": [small]}).axes
+@pytest.mark.parametrize("kind", page.KINDS, ids=NAMES)
+def test_regimes_share_one_scale(kind):
+    few = Timeline((("forward", 0),), (0,), dict.fromkeys(BREAKDOWN, (1,))).dumps()
+    small = replace(COUNTED, **{name: 1 for name in (*COUNTS, *BREAKDOWN)}, peak_step_bytes=6, timeline=few)
+    first, second = drawn_figure(kind.draw, {"all": [COUNTED], "none": [replace(small, step_time_ratio=9.0)]}).axes
+    if kind.stem == "timeline":
+        assert first.get_ylim() == second.get_ylim()
+    else:
         assert first.get_xlim() == second.get_xlim()
 
 
-def test_counts_stand_at_their_values(drawn_figure):
-    (ax,) = drawn_figure(figures.counts, {"all": [COUNTED]}).axes
+def test_counts_stand_at_their_values():
+    (ax,) = drawn_figure(counts.draw, {"all": [COUNTED]}).axes
     assert ax.get_xscale() == "log"
     assert [line.get_xdata()[0] for line in ax.lines] == [getattr(COUNTED, name) for name in COUNTS]
     low, high = ax.get_xlim()
@@ -165,39 +191,42 @@ def test_counts_stand_at_their_values(drawn_figure):
     assert lanes == sorted(set(lanes))
 
 
-def test_missing_count_says_so_and_zero_says_zero(drawn_figure):
-    figure = drawn_figure(figures.counts, {"all": [replace(COUNTED, touched_params=None, updated_params=0)]})
+def test_missing_count_says_so_and_zero_says_zero():
+    figure = drawn_figure(counts.draw, {"all": [replace(COUNTED, touched_params=None, updated_params=0)]})
     assert len(figure.axes[0].lines) == len(COUNTS) - 2
     assert texts(figure).count("not obtained") == 1
     assert sum(text.startswith("0 ") for text in texts(figure)) == 1
 
 
-def test_predicted_markers_are_hollow(drawn_figure):
-    (ax,) = drawn_figure(figures.counts, {"all": [replace(COUNTED, source="predicted")]}).axes
+def test_predicted_markers_are_hollow():
+    (ax,) = drawn_figure(counts.draw, {"all": [replace(COUNTED, source="predicted")]}).axes
     assert {line.get_markerfacecolor() for line in ax.lines} == {palette.LIGHT.background}
 
 
-@pytest.mark.parametrize("draw", DRAW)
-def test_title_axes_and_legend_are_labelled(draw, drawn_figure):
+@pytest.mark.parametrize("draw", DRAW, ids=NAMES)
+def test_title_axes_and_legend_are_labelled(draw):
     figure = drawn_figure(draw, REALISTIC)
-    assert figure.texts[-1].get_text().endswith(": w")
+    assert any(text.get_text().endswith(": w") for text in figure.texts)
+    assert {sheet.REGIMES[regime] for regime in REALISTIC} <= {text.get_text() for text in figure.texts}
     for ax in figure.axes:
-        assert any(unit in ax.get_xlabel() for unit in ("MiB", "entries"))
-        assert ax.get_ylabel()
-    assert len(figure.legends[0].get_texts()) >= len(COUNTS)
+        assert ax.get_xlabel()
+    labels = [ax.get_xlabel() + ax.get_ylabel() for ax in figure.axes]
+    assert any(unit in label for unit in ("MiB", "entries", "full's") for label in labels)
+    assert len(figure.legends[0].get_texts()) >= 3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("panels", [REALISTIC, {"all": [EMPTY]}], ids=["realistic", "one empty record"])
-@pytest.mark.parametrize("draw", DRAW)
-def test_no_text_overlaps_another_or_leaves_the_image(draw, panels, layout, drawn_figure):
+@pytest.mark.parametrize("draw", DRAW, ids=NAMES)
+def test_no_text_overlaps_another_or_leaves_the_image(draw, panels, layout):
     figure = drawn_figure(draw, panels, layout)
     figure.draw_without_rendering()
     boxes = [(text.get_text(), text.get_window_extent()) for text in figure.texts]
     for ax in figure.axes:
-        low, high = ax.get_xlim()
-        ticks = [tick.label1 for tick in ax.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
-        labels = [*ax.texts, ax.xaxis.label, ax.yaxis.label, *ticks]
+        labels = [*ax.texts, ax.xaxis.label, ax.yaxis.label]
+        for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+            ticks = axis.get_major_ticks()
+            labels += [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_visible()]
         boxes += [(text.get_text(), text.get_window_extent()) for text in labels if text.get_text()]
     boxes += [(text.get_text(), text.get_window_extent()) for text in figure.legends[0].get_texts()]
     outer = figure.bbox
@@ -214,10 +243,14 @@ def test_no_text_overlaps_another_or_leaves_the_image(draw, panels, layout, draw
 
 
 @pytest.mark.parametrize("status", STATUSES)
-@pytest.mark.parametrize("draw", DRAW)
+@pytest.mark.parametrize("draw", DRAW, ids=NAMES)
 def test_every_status_is_drawn(draw, status):
     one = replace(COUNTED, status=status, reason="why")
-    assert draw("w", {"all": [one, replace(EMPTY, status=status)]}, sheet.NARROW)
+    drawing = draw("w", {"all": [one, replace(EMPTY, status=status)]}, sheet.NARROW)
+    assert b"</svg>" in drawing.svg()
+    said = texts(drawing.figure)
+    assert status == "ok" or any(status in text for text in said)
+    assert any(panels.NOT_OBTAINED in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -230,35 +263,51 @@ def test_every_status_is_drawn(draw, status):
         replace(COUNTED, budget=10**60),
         replace(COUNTED, peak_step_bytes=10**400, trainable_params=10**400),
         replace(COUNTED, **{name: 10**400 for name in (*COUNTS, *BREAKDOWN)}),
+        replace(COUNTED, step_time_ratio=1e308, step_time_ratio_low=0.0, step_time_s=5e-324),
+        replace(COUNTED, step_time_ratio=0.0, step_time_ratio_high=None),
+        replace(COUNTED, step_time_ratio_low=0.0, step_time_ratio_high=1e308),
+        replace(COUNTED, timeline=Timeline((("a\nb", 0),), (0,), dict.fromkeys(BREAKDOWN, (10**40,))).dumps()),
+        replace(COUNTED, timeline=Timeline((("$x^2$", 0),) * 60, (0, 9), dict.fromkeys(BREAKDOWN, (0, 0))).dumps()),
         replace(COUNTED, **{name: 1 for name in COUNTS}),
         replace(COUNTED, status="oom", reason="$\\bad{ <b>\n" * 500, peak_step_bytes=None),
     ],
 )
-@pytest.mark.parametrize("draw", DRAW)
+@pytest.mark.parametrize("draw", DRAW, ids=NAMES)
 def test_absurd_records_are_drawn(draw, one):
-    assert draw(one.method, {"all": [one], "none": [one, EMPTY]}, sheet.NARROW).startswith(b"\x89PNG")
+    drawing = draw(one.method, {"all": [one], "none": [one, EMPTY]}, sheet.NARROW)
+    assert drawing.png().startswith(b"\x89PNG")
+    assert ElementTree.fromstring(drawing.svg()).tag.endswith("svg")
 
 
-def test_value_past_every_machine_is_printed_and_leaves_the_scale_alone(drawn_figure):
+def test_value_past_every_machine_is_printed_and_leaves_the_scale_alone():
     huge = replace(ONE, peak_step_bytes=10**400)
-    (ax,) = drawn_figure(figures.breakdown, {"all": [ONE, huge]}).axes
+    (ax,) = drawn_figure(breakdown.draw, {"all": [ONE, huge]}).axes
     assert ax.get_xlim()[1] < 2 * ONE.peak_step_bytes / MIB
-    assert figures.TOO_LARGE in [text.get_text() for text in ax.texts]
+    assert panels.TOO_LARGE in [text.get_text() for text in ax.texts]
 
 
 def test_drawn_stops_at_the_most_a_panel_holds():
-    records = [replace(ONE, seed=seed) for seed in range(figures.MOST_DRAWN + 1)]
-    assert figures.drawn({"all": records, "none": [ONE]}) == {"all": records[: figures.MOST_DRAWN], "none": [ONE]}
+    records = [replace(ONE, seed=seed) for seed in range(5)]
+    assert panels.drawn({"all": records, "none": [ONE]}, 3) == {"all": records[:3], "none": [ONE]}
 
 
-def test_records_that_share_a_label_are_told_apart(drawn_figure):
-    found = texts(drawn_figure(figures.breakdown, {"all": [ONE, replace(ONE, attention="sdpa")]}))
+@pytest.mark.parametrize("kind", page.KINDS, ids=NAMES)
+def test_figures_draw_as_many_records_as_they_say(kind):
+    records = [replace(EMPTY, budget=number) for number in range(kind.most + 1)]
+    drawing = kind.draw("w", {"all": records}, sheet.NARROW)
+    named = [text for text in texts(drawing.figure) if text.startswith("lora[")]
+    assert named == [record.label for record in records[: kind.most]]
+    assert kind.describe("w", {"all": records}).count("lora[") == kind.most
+
+
+def test_records_that_share_a_label_are_told_apart():
+    found = texts(drawn_figure(breakdown.draw, {"all": [ONE, replace(ONE, attention="sdpa")]}))
     assert "lora[7] · attention —" in found
     assert "lora[7] · attention sdpa" in found
 
 
 def test_breakdown_alt_says_what_the_bars_show():
-    alt = figures.breakdown_alt("roberta", {"all": [ONE], "none": [replace(EMPTY, status="oom", reason="full card")]})
+    alt = breakdown.describe("roberta", {"all": [ONE], "none": [replace(EMPTY, status="oom", reason="full card")]})
     assert "roberta" in alt
     assert "lora[7] 210.00 MiB" in alt
     for name, size in SIZES.items():
@@ -267,7 +316,7 @@ def test_breakdown_alt_says_what_the_bars_show():
 
 
 def test_counts_alt_says_what_the_markers_show():
-    alt = figures.counts_alt("roberta", {"all": [replace(COUNTED, touched_params=None, state_params=0)]})
+    alt = counts.describe("roberta", {"all": [replace(COUNTED, touched_params=None, state_params=0)]})
     assert "trainable 1,000" in alt
     assert "touched not obtained" in alt
     assert "state 0" in alt
@@ -275,8 +324,8 @@ def test_counts_alt_says_what_the_markers_show():
 
 def test_drawing_leaves_pyplot_alone():
     code = (
-        "import sys\nfrom reports import figures\nfrom reports.record import Record\n"
-        "figures.breakdown('w', {'all': [Record(method='lora', model='m', peak_step_bytes=1)]})\n"
+        "import sys\nfrom reports.figures import breakdown\nfrom reports.record import Record\n"
+        "breakdown.draw('w', {'all': [Record(method='lora', model='m', peak_step_bytes=1)]}).svg()\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -329,6 +378,13 @@ def test_text_has_the_contrast_that_wcag_asks(theme, role):
     for behind in (theme.background, theme.surface):
         dark, light = sorted((luminance(getattr(theme, role)), luminance(behind)))
         assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_methods_have_markers_of_their_own():
+    assert set(palette.METHOD_MARKERS) == set(palette.METHOD_COLOURS)
+    assert len(set(palette.METHOD_MARKERS.values())) == len(palette.METHOD_MARKERS)
+    assert palette.method_marker("peft:some") not in palette.METHOD_MARKERS.values()
+    assert palette.by_name("full") < palette.by_name("sparsegrad") < palette.by_name("a method of my own")
 
 
 def test_every_category_has_a_colour():

@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from reports import figures, page, tables
-from reports.record import STATUSES, Record, from_csv, meaning
+from reports import page, sheet, tables
+from reports.figures import by_size, panels, timeline
+from reports.record import BREAKDOWN, STATUSES, Record, from_csv, meaning
+from reports.timeline import Timeline
 
 MIB = 2**20
 LORA = Record(
@@ -65,8 +67,20 @@ class Document(HTMLParser):
 @pytest.fixture
 def quick_figures(monkeypatch):
     """Stands in for drawing where a test is about the page: drawing has tests of its own."""
-    kinds = tuple(replace(kind, draw=lambda *_: b"\x89PNG") for kind in page.KINDS)
+
+    class Blank(sheet.Sheet):
+        def __init__(self, *_):
+            self.height = 1.0
+
+        def png(self):
+            return b"\x89PNG"
+
+        def svg(self):
+            return b"<svg/>"
+
+    kinds = tuple(replace(kind, draw=Blank) for kind in page.KINDS)
     monkeypatch.setattr(page, "KINDS", kinds)
+    monkeypatch.setattr(by_size, "draw", Blank)
 
 
 def written(records, tmp_path) -> Document:
@@ -78,7 +92,10 @@ def test_writes_page_csv_and_figures(tmp_path):
     path = page.write_report(records, tmp_path / "new" / "out")
     assert path == tmp_path / "new" / "out" / "index.html"
     images = [f"{kind.stem}-{number}.png" for kind in page.KINDS for number in (1, 2)]
+    images.append("peak-by-size.png")
     assert sorted(entry.name for entry in path.parent.iterdir()) == sorted(["index.html", "records.csv", *images])
+    stems = [kind.stem for kind in page.KINDS]
+    assert stems == ["breakdown", "timeline", "step-time", "counts"]
     for name in images:
         assert (path.parent / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert from_csv((path.parent / "records.csv").read_text(encoding="utf-8")) == records
@@ -89,7 +106,7 @@ def test_page_needs_nothing_else(tmp_path):
     assert not document.all("link")
     for _, attrs, _ in document.elements:
         for name in ("src", "srcset", "href", "action"):
-            assert (attrs.get(name) or "#").startswith(("data:image/png;base64,", "#")), attrs
+            assert (attrs.get(name) or "#").startswith(("data:image/svg+xml;base64,", "#")), attrs
     source = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest", source)
 
@@ -97,24 +114,74 @@ def test_page_needs_nothing_else(tmp_path):
 def test_embedded_figures_are_those_drawn_and_have_a_text_twin(tmp_path):
     document = written([LORA, FULL], tmp_path)
     images = [attrs for attrs, _ in document.all("img")]
-    assert [attrs["class"] for attrs in images] == ["wide light", "wide dark", "narrow light", "narrow dark"] * 2
+    assert [attrs["class"] for attrs in images] == ["wide", "narrow"] * (1 + len(page.KINDS))
     decoded = [base64.b64decode(attrs["src"].split(",", 1)[1]) for attrs in images]
-    assert decoded[0] == (tmp_path / "breakdown-1.png").read_bytes()
-    assert decoded[4] == (tmp_path / "counts-1.png").read_bytes()
-    title = tables.Workload.of(LORA).title
-    panels = {"all": [LORA, FULL]}
-    assert {attrs["alt"] for attrs in images} == {
-        figures.breakdown_alt(title, panels),
-        figures.counts_alt(title, panels),
-    }
+    title, panels_ = tables.Workload.of(LORA).title, {"all": [LORA, FULL]}
+    chart = by_size.Chart.of([LORA, FULL])
+    sheets = [by_size.draw(chart, layout) for layout in (sheet.WIDE, sheet.NARROW)]
+    sheets += [kind.draw(title, panels_, layout) for kind in page.KINDS for layout in (sheet.WIDE, sheet.NARROW)]
+    assert decoded == [drawing.svg() for drawing in sheets]
+    words = [by_size.describe(chart), *(kind.describe(title, panels_) for kind in page.KINDS)]
+    assert [attrs["alt"] for attrs in images] == [text for text in words for _ in range(2)]
+    sizes = [(int(attrs["width"]), int(attrs["height"])) for attrs in images]
+    assert sizes == [(drawing.layout.width, round(drawing.height)) for drawing in sheets]
+    captions = [text for _, text in document.all("figcaption")]
+    assert captions == [page.BY_SIZE_CAPTION, *(kind.caption for kind in page.KINDS)]
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_figure_by_size_only_where_there_are_layers(tmp_path):
+    document = written([replace(LORA, model="roberta")], tmp_path)
+    assert len(document.all("figure")) == len(page.KINDS)
+    assert not (tmp_path / "peak-by-size.png").exists()
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_overview_shows_each_workload_and_method_with_a_link(tmp_path):
+    other = replace(LORA, model="other", peak_step_bytes=None, status="oom", reason="full", source="predicted")
+    document = written([LORA, FULL, replace(LORA, train_rest="none", step_time_ratio=0.5), other], tmp_path)
+    (overview,) = [index for index, (_, attrs, _) in enumerate(document.elements) if attrs.get("class") == "overview"]
+    inside = document.elements[overview:]
+    links = [attrs["href"] for tag, attrs, _ in inside if tag == "a" and attrs.get("class") == "workload"]
+    assert links == ["#workload-1", "#workload-1", "#workload-2"]
+    cells = ["".join(texts).split() for tag, attrs, texts in inside if tag == "div" and attrs.get("class") == "entry"]
+    assert cells == [
+        ["60.00", "peak/LoRA", "2.00", "time/full", "—"],
+        ["30.00", "[7]", "peak/LoRA", "1.00", "time/full", "—"],
+        ["30.00", "[7]", "peak/LoRA", "1.00", "time/full", "0.50"],
+        ["—", "[7]", "oom", "predicted", "peak/LoRA", "—", "time/full", "—"],
+    ]
+    bars = [attrs["style"] for tag, attrs, _ in inside if tag == "span" and attrs.get("style", "").startswith("width")]
+    assert [bar.split(";")[0] for bar in bars] == ["width: 100.0%", "width: 50.0%", "width: 100.0%"]
+    # Rows that have several records in a cell have no one value to sort by.
+    assert not any("aria-sort" in attrs for tag, attrs, _ in inside[: [t for t, _, _ in inside].index("tbody")])
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_long_names_are_cut_short_in_the_overview_alone(tmp_path):
+    document = written([replace(LORA, method="m" * 999, model="w" * 999, budget="b" * 999)], tmp_path)
+    ((_, overview),) = [found for found in document.all("table") if found[0].get("class") == "overview"]
+    assert len(overview) < 500
+    assert "m" * 999 in document.text
+    assert "w" * 999 in document.text
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_overview_says_what_it_leaves_out(tmp_path):
+    records = [replace(LORA, seed=seed) for seed in range(10)]
+    records += [replace(LORA, method=f"method {number}") for number in range(20)]
+    document = written(records, tmp_path)
+    assert "and 7 more below" in document.text
+    assert "9 methods more stand in the tables below alone" in document.text
 
 
 @pytest.mark.usefixtures("quick_figures")
 def test_one_table_per_workload_and_regime(tmp_path):
     records = [LORA, replace(LORA, train_rest="none"), replace(LORA, dtype="bfloat16"), replace(LORA, model="other")]
     document = written(records, tmp_path)
-    assert len(document.all("table")) == 4
+    assert len(document.all("table")) == 4 + 1
     regions = [attrs for attrs, _ in document.all("div") if attrs.get("role") == "region"]
+    assert regions.pop(0)["aria-labelledby"] == "overview"
     headings = {attrs.get("id"): text for attrs, text in document.all("h3")}
     assert [headings[attrs["aria-labelledby"]] for attrs in regions] == [
         "train_rest = all",
@@ -187,8 +254,10 @@ def test_text_of_records_is_escaped(tmp_path):
     texts = {
         field.name: HOSTILE
         for field in fields(Record)
-        if "str" in str(field.type) and field.name not in ("status", "source", "train_rest", "device_semantics")
+        if "str" in str(field.type)
+        and field.name not in ("status", "source", "train_rest", "device_semantics", "pairing", "timeline")
     }
+    texts["timeline"] = Timeline(((HOSTILE, 0),), (0,), dict.fromkeys(BREAKDOWN, (1,))).dumps()
     records = [Record(**texts, status="crashed"), Record(**{**texts, "attention": "other"}, status="ok")]
     document = written(records, tmp_path)
     source = (tmp_path / "index.html").read_text(encoding="utf-8")
@@ -224,8 +293,9 @@ def test_no_records(tmp_path):
 def test_five_hundred_records_are_all_in_the_table(tmp_path):
     records = [replace(LORA, seed=seed) for seed in range(500)]
     document = written(records, tmp_path)
-    assert len([attrs for attrs, _ in document.all("th") if attrs.get("scope") == "row"]) == 500
-    assert f"Of the 500 records with train_rest all the first {figures.MOST_DRAWN} are drawn" in document.text
+    assert len([attrs for attrs, _ in document.all("th") if attrs.get("scope") == "row"]) == 500 + 1
+    for most in (panels.MOST_ROWS, timeline.MOST_PANELS):
+        assert f"Of the 500 records with train_rest all the first {most} are drawn" in document.text
 
 
 @pytest.mark.usefixtures("quick_figures")
@@ -283,5 +353,5 @@ def test_ids_are_unique_and_links_lead_somewhere(tmp_path):
     ids = [attrs["id"] for _, attrs, _ in document.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
     links = [attrs["href"] for attrs, _ in document.all("a")]
-    assert len(links) == len(models)
+    assert [link for link in links if link.startswith("#workload")] == ["#workload-1"] * 2 + ["#workload-2"] * 2
     assert {link.removeprefix("#") for link in links} <= set(ids)

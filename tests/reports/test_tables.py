@@ -112,7 +112,7 @@ def test_row_shows_what_the_record_holds():
     assert row["outcome", "budget matched"] == "matched"
     assert row["live memory", "resident"] == "10.00"
     assert row["peak live memory", "step"] == "30.00"
-    assert row["time", "step"] == "250.00"
+    assert row["step time", "ms"] == "250.00"
     assert row["parameters", "budget"] == "1,234,567"
 
 
@@ -126,6 +126,7 @@ def test_every_size_time_and_count_has_its_own_column():
         "kernel_workspace_bytes",
         "process_peak_bytes",
         "step_time_s",
+        "step_time_ratio",
         *COUNTS,
     ]
     for name in names:
@@ -153,10 +154,28 @@ def test_ratios_to_lora_and_full():
     sparse = shown(table, 2)
     assert sparse["ratio", "peak / lora"] == "2.000"
     assert sparse["ratio", "peak / full"] == "0.500"
-    assert sparse["ratio", "time / lora"] == tables.MISSING
-    assert shown(table, 1)["ratio", "time / lora"] == "2.000"
     assert shown(table, 0)["ratio", "peak / lora"] == "1.000"
     assert table.references == ("lora[7]", "full")
+
+
+def test_time_is_shown_as_the_paired_ratio_with_its_interval():
+    paired = replace(LORA, step_time_ratio=0.634, step_time_ratio_low=0.6099, step_time_ratio_high=0.66)
+    table = tables.results_table([paired, FULL])
+    (column,) = [heading for heading in shown(table, 0) if heading[1].startswith("to full's")]
+    assert shown(table, 0)[column] == "0.63 (0.61 to 0.66)"
+    assert shown(table, 1)[column] == tables.MISSING
+    (index,) = [place for place, column in enumerate(table.columns) if column.field == "step_time_ratio"]
+    assert [row.cells[index].sort for row in table.rows] == ["0.634", None]
+    # A ratio of medians that were not taken in the same rounds stands nowhere.
+    assert not any(column.heading.startswith("time") for column in table.columns)
+
+
+def test_pairing_and_rounds_are_circumstances_and_part_of_no_name():
+    records = [replace(LORA, pairing="rounds", timed_rounds=15), replace(LORA, pairing="blocks", timed_rounds=15)]
+    assert tables.differing_circumstances(records) == ["pairing"]
+    assert ("timed_rounds", "15") in tables.shared_circumstances(records)
+    assert tables.variation(records[0], records) == ""
+    assert tables.variation(LORA, [LORA, replace(LORA, seed=3)]) == "seed 0"
 
 
 def test_no_ratio_columns_without_the_reference():
@@ -224,7 +243,9 @@ def test_workloads_and_regimes_are_kept_apart_and_in_order():
         [("all", [half])],
         [("all", [longer])],
     ]
-    assert next(iter(groups)).title == "layer 7x13, batch 1, seq 17, float32"
+    first = next(iter(groups))
+    assert first.title == "layer 7x13, batch 1, seq 17, float32"
+    assert first.shape == "batch 1, seq 17, float32"
 
 
 def test_environment_counts_values():
