@@ -180,7 +180,7 @@ class Suite:
                     tables.mib(record.peak_step_bytes),
                     tables.mib(record.resident_bytes),
                     tables.milliseconds(record.step_time_s),
-                    tables.number(record.step_time_ratio),
+                    tables.time_ratio(record),
                     record.status,
                 )
             )

@@ -23,6 +23,7 @@ LONGEST_NAME = 60
 # An environment field with more values than this names the rest by their number.
 MOST_VALUES = 6
 
+_DIRECTIONS = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C), "\ufffd")
 _UNITS = {"_bytes": "bytes", "_params": "entries", "_s": "seconds"}
 
 
@@ -156,6 +157,7 @@ def render(records: Sequence[Record], sections: Sequence[Section], sizes: Illust
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_in_order,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -176,6 +178,11 @@ def render(records: Sequence[Record], sections: Sequence[Section], sizes: Illust
         unmatched=tables.UNMATCHED,
         missing=tables.MISSING,
     )
+
+
+def _in_order(value: object) -> object:
+    """Text without the characters that turn the direction of what follows them: a name must not reorder the page."""
+    return value.translate(_DIRECTIONS) if isinstance(value, str) else value
 
 
 def glossary() -> list[Term]:

@@ -236,7 +236,7 @@ def row_label(ax: Axes, record: Record, variation: str, right: str, top: float, 
     """The record's name over its row on the left, and `right` at the other end of the same line."""
     room = layout.fits(panel_width(ax, layout)) - len(right) - 3
     baseline = top + layout.line * 0.55
-    shared = {"transform": ax.get_yaxis_transform(), "va": "center", "clip_on": True, "parse_math": False}
+    shared = {"transform": ax.get_yaxis_transform(), "va": "center", "parse_math": False}
     name = f"{record.label} · {variation}" if variation else record.label
     ax.text(0.008, baseline, shorten(name, room), fontsize=points(layout.font), color=THEME.foreground, **shared)
     ax.text(1, baseline, right, ha="right", fontsize=points(layout.font), color=THEME.foreground, **shared)
@@ -253,7 +253,6 @@ def draw_note(ax: Axes, text: str, middle: float, layout: Layout) -> None:
         fontstyle="italic",
         color=THEME.muted,
         va="center",
-        clip_on=True,
         parse_math=False,
     )
 

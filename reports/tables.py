@@ -30,6 +30,7 @@ CONDITIONS = (
     "device_semantics",
     "device_name",
     "threads",
+    "allocator",
     "torch_version",
     "transformers_version",
 )
@@ -45,6 +46,7 @@ ENVIRONMENT = (
     "device",
     "device_name",
     "threads",
+    "allocator",
 )
 # What is not said beside a name: how figures draw a prediction, a reference that all share, how steps were timed.
 _NOT_NAMED = ("source", "equal_trainable", "pairing", "timed_rounds")

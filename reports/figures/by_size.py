@@ -39,7 +39,7 @@ MOST_METHODS = 12
 _SHAPE = re.compile(r"(layer|block) (\d{1,9})x(\d{1,9})")
 _HEIGHT = 230
 # The part of a size's place on the axis over which its methods spread: equal peaks would hide one another.
-_SPREAD = 0.76
+_SPREAD = 0.5
 
 
 @dataclass(frozen=True)

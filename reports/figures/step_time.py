@@ -56,10 +56,10 @@ def draw(workload: str, groups: Panels, layout: Layout = WIDE) -> Sheet:
         ax.set_xlabel("step time / full's, log scale")
         ax.set_ylabel("method [budget]")
         # Only where markers are: a line from top to bottom would run through the text.
-        lanes = [position * row + _MARK * layout.line for position in range(len(group))]
         half = 0.55 * layout.line
-        for y in lanes:
-            ax.plot([1, 1], [y - half, y + half], color=THEME.foreground, linewidth=1, zorder=1)
+        lanes = [position * row + _MARK * layout.line for position in range(len(group))]
+        ends = [y for lane in lanes for y in (lane - half, lane + half, math.nan)]
+        ax.plot([1] * len(ends), ends, color=THEME.foreground, linewidth=1, zorder=1)
         for position, record in enumerate(group):
             _row(ax, record, tables.variation(record, group), position * row, layout)
     return sheet
@@ -131,7 +131,6 @@ def _row(ax: Axes, record: Record, variation: str, top: float, layout: Layout) -
         fontsize=points(layout.font - 1),
         color=THEME.muted,
         va="center",
-        clip_on=True,
         parse_math=False,
     )
     middle = top + _MARK * layout.line

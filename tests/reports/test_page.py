@@ -221,7 +221,7 @@ def test_cells_show_the_table_and_sort_by_raw_values(tmp_path):
 @pytest.mark.usefixtures("quick_figures")
 def test_unmatched_records_are_marked(tmp_path):
     document = written([LORA, FULL], tmp_path)
-    marked = [text for attrs, text in document.all("td") if attrs.get("class") == "flag"]
+    marked = [text for attrs, text in document.all("td") if "flag" in (attrs.get("class") or "").split()]
     assert marked == ["unmatched: no budget to match"]
 
 
@@ -355,3 +355,12 @@ def test_ids_are_unique_and_links_lead_somewhere(tmp_path):
     links = [attrs["href"] for attrs, _ in document.all("a")]
     assert [link for link in links if link.startswith("#workload")] == ["#workload-1"] * 2 + ["#workload-2"] * 2
     assert {link.removeprefix("#") for link in links} <= set(ids)
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_a_name_cannot_turn_the_direction_of_the_page(tmp_path):
+    turned = replace(LORA, method="a\u202eb", model="c\u2067d", device_name="e\u200ff", commit="g\u061ch")
+    source = page.write_report([turned], tmp_path).read_text(encoding="utf-8")
+    assert not re.search("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", source)
+    for name in ("a\ufffdb", "c\ufffdd", "e\ufffdf", "g\ufffdh"):
+        assert name in source
