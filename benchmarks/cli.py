@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import signal
 import sys
 import time
+from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reports.record import Record, RecordError, dumps, read, unwritable, write
+
+if TYPE_CHECKING:
+    from benchmarks.harness.spec import RunSpec
 
 OK, USAGE = 0, 2
 
@@ -41,7 +47,8 @@ def _add_run(commands) -> None:
     run = commands.add_parser(
         "run",
         help="measure methods on one workload",
-        description="Measure methods on one workload, each in a process of its own. Progress goes to stderr.",
+        description="Measure methods on one workload, each in a process of its own, and time them in turns: a round of "
+        "each, then the next round. Progress goes to stderr.",
         epilog=RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -86,6 +93,13 @@ def _add_run(commands) -> None:
         help="steps timed, each beside one of full fine-tuning; 0 leaves the timing pass out (default: 15)",
     )
     run.add_argument(
+        "--round-interval",
+        type=float,
+        default=4.0,
+        metavar="SECONDS",
+        help="from one round to the next, so that the rounds see more of the machine than a moment (default: 4)",
+    )
+    run.add_argument(
         "--unpaired", action="store_true", help="time steps alone: full fine-tuning's worker needs its own memory"
     )
     run.add_argument("--time-limit", type=float, default=1800, metavar="SECONDS", help="per method (default: 1800)")
@@ -115,21 +129,30 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here so that --help and report answer without torch.
-    from benchmarks.harness.pairing import Reference, measure
+    from benchmarks.harness.pairing import Reference
+    from benchmarks.harness.turns import measure_all
 
     specs = run_specs(arguments)
     _check_destination(arguments.json)
-    records = []
+    records: list[Record] = []
+    places: list[int] = []  # of the records, in the order of the methods
+    started = time.monotonic()
+
+    def done(spec: RunSpec, record: Record, _) -> None:
+        place = next(i for i, other in enumerate(specs) if other == spec and i not in places)
+        at = bisect(places, place)
+        places.insert(at, place)
+        records.insert(at, record)
+        passed = time.monotonic() - started
+        _say(f"[{len(records)}/{len(specs)}] {_named(spec)}: {_outcome(record)} (after {passed:.0f} s)")
+        if arguments.json != "-":
+            write(records, arguments.json)
+
+    turns = "timed in turns" if specs[0].rounds and not arguments.unpaired else "one after the other"
+    _say(f"{specs[0].label()}, train-rest {specs[0].train_rest}, {turns}: {', '.join(map(_named, specs))} ...")
     reference = None if arguments.unpaired else Reference(arguments.time_limit)
     try:
-        for i, spec in enumerate(specs, 1):
-            name = spec.method if spec.budget is None else f"{spec.method}[{spec.budget}]"
-            _say(f"[{i}/{len(specs)}] {spec.label()}, {name}, train-rest {spec.train_rest} ...", end="")
-            started = time.monotonic()
-            records.append(measure(spec, reference, arguments.time_limit))
-            _say(f" {_outcome(records[-1])} ({time.monotonic() - started:.0f} s)")
-            if arguments.json != "-":
-                write(records, arguments.json)
+        measure_all(specs, reference, done, arguments.time_limit, arguments.round_interval)
     finally:
         if reference is not None:
             reference.close()
@@ -143,6 +166,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if failed:
         _say(f"{len(failed)} of {len(records)} runs did not end ok: {', '.join(failed)}")
     return OK
+
+
+def _named(spec: RunSpec) -> str:
+    return spec.method if spec.budget is None else f"{spec.method}[{spec.budget}]"
 
 
 def _check_destination(path: str) -> None:
@@ -169,6 +196,8 @@ def run_specs(arguments: argparse.Namespace) -> list:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
     if not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
+    if not 0 <= arguments.round_interval < math.inf:
+        raise InputError(f"--round-interval must be a number of seconds, 0 or more, got {arguments.round_interval}")
     if arguments.rounds < 0 or (arguments.threads is not None and arguments.threads < 1):
         raise InputError("--rounds must not be negative, and --threads must be at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,16 @@
 """The suite's command line under pytest, and its place in pytest-benchmark's hooks."""
 
+import math
+
 import pytest
 import torch
 
 from benchmarks import matrix
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.turns import ROUND_INTERVAL_S
 from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S
 from benchmarks.journal import Journal
-from benchmarks.suite import DEFECTS, Suite, with_failures
+from benchmarks.suite import DEFECTS, Case, Suite, with_failures
 from reports.record import unwritable
 
 SUITE = pytest.StashKey[Suite]()
@@ -21,6 +24,13 @@ def pytest_addoption(parser):
     )
     group.addoption(
         "--rounds", type=int, default=15, help="steps timed, each beside one of full fine-tuning (default: 15)"
+    )
+    group.addoption(
+        "--round-interval",
+        type=float,
+        default=ROUND_INTERVAL_S,
+        metavar="SECONDS",
+        help="from one round to the next, so that the rounds see more of the machine than a moment (default: 4)",
     )
     group.addoption("--threads", type=int, default=None, help="threads of every worker (default: torch's own number)")
     group.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is a GPU")
@@ -44,11 +54,15 @@ def pytest_sessionstart(session):
         raise pytest.UsageError("--resume needs --benchmark-json=PATH, beside which the earlier suite's runs are")
     if min(config.getoption("rounds"), config.getoption("threads") or 1, config.getoption("time_limit")) <= 0:
         raise pytest.UsageError("--rounds, --threads and --time-limit must be positive")
+    if not 0 <= config.getoption("round_interval") < math.inf:
+        raise pytest.UsageError("--round-interval must be a number of seconds, 0 or more")
     device = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
     suite = config.stash[SUITE] = Suite(
-        rounds=config.getoption("rounds"),
+        # Without pytest-benchmark's statistics a benchmark runs once.
+        rounds=1 if plugin.disabled else config.getoption("rounds"),
+        interval_s=config.getoption("round_interval"),
         threads=config.getoption("threads") or torch.get_num_threads(),
         device=device,
         time_limit_s=config.getoption("time_limit"),
@@ -78,9 +92,20 @@ def pytest_collection_modifyitems(config, items):
         large = [item for item in items if item.get_closest_marker("large")]
         items[:] = [item for item in items if item not in large]
         config.hook.pytest_deselected(items=large)
+    suite = config.stash[SUITE]
     for item in items:
         if "measured" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=config.stash[SUITE].clock.now))
+            item.add_marker(pytest.mark.benchmark(timer=suite.clock.now))
+
+
+def pytest_collection_finish(session):
+    """Note what was selected: methods on the same case are timed in turns."""
+    suite = session.config.stash[SUITE]
+    for item in session.items:
+        if "measured" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec"):
+            conditions = {**item.callspec.params}
+            if "method" in conditions:
+                suite.selected.append(Case(item.nodeid, conditions.pop("method"), conditions))
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
+from baselines.method import MethodError
 from benchmarks import matrix
 from benchmarks.harness.environment import environment
-from benchmarks.harness.pairing import Reference, Run
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.pairing import Reference
 from benchmarks.harness.plan import plan
 from benchmarks.harness.spec import RunSpec
+from benchmarks.harness.turns import ROUND_INTERVAL_S, measure_all
 from benchmarks.journal import Entry, Journal
 from reports import tables
 from reports.record import Record, write_bytes
@@ -40,45 +44,30 @@ class StepClock:
         self._now += seconds
 
 
-class Replay:
-    """A run of an earlier suite, driven again without running."""
+@dataclass(frozen=True)
+class Case:
+    """A selected benchmark: its method, and the conditions that it shares with those it is timed in turns with."""
 
-    def __init__(self, entry: Entry):
-        self._entry = entry
-        self._seconds = iter(entry.seconds)
-        self.seconds = entry.seconds
-        self.rounds = len(entry.seconds)
-
-    def __enter__(self) -> Replay:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def prepare(self) -> None:
-        """Nothing."""
-
-    def reference_round(self) -> None:
-        """Nothing."""
-
-    def round(self) -> float:
-        """The seconds of that round."""
-        return next(self._seconds, 0.0)
-
-    def finish(self) -> Record:
-        """The record as it was."""
-        return self._entry.record
+    fullname: str
+    method: str
+    conditions: Mapping[str, object]
 
 
 @dataclass
 class Suite:
-    """One session's benchmarks."""
+    """One session's benchmarks.
+
+    The first benchmark of a case measures all selected methods on it, since these are timed in turns; pytest-benchmark
+    is then given each one's rounds as it comes to it.
+    """
 
     rounds: int
     threads: int
     device: str
     time_limit_s: float
+    interval_s: float = ROUND_INTERVAL_S
     journal: Journal | None = None
+    selected: list[Case] = field(default_factory=list)
     clock: StepClock = field(default_factory=StepClock)
     records: list[tuple[str, Record]] = field(default_factory=list)
     problem: str | None = None
@@ -86,6 +75,7 @@ class Suite:
 
     def __post_init__(self):
         self.reference = Reference(self.time_limit_s)
+        self._measured: dict[str, Entry] = {}
 
     def spec(self, method: str, **case: object) -> RunSpec:
         """The run of a case of the matrix: every method at the budget of the reference on that case."""
@@ -117,19 +107,17 @@ class Suite:
         """One run through pytest-benchmark's fixture; whatever befalls it, its record is in `extra_info`."""
         spec = self.spec(method, **case)
         benchmark.group = f"{spec.label()}, {spec.batch} x {spec.seq}, {spec.dtype}, train-rest {spec.train_rest}"
-        entry = self.journal.find(benchmark.fullname, spec) if self.journal else None
-        self.replayed += entry is not None
         try:
-            with Replay(entry) if entry else Run(spec, self.reference, self.time_limit_s) as run:
-                run.prepare()
-                benchmark.pedantic(
-                    lambda: self.clock.advance(run.round()), setup=run.reference_round, rounds=max(1, run.rounds)
-                )
-                record = run.finish()
+            entry = self._entry(Case(benchmark.fullname, method, case), spec)
+            rounds = iter(entry.seconds)
+            benchmark.pedantic(
+                lambda: self.clock.advance(next(rounds, 0.0)), rounds=max(1, len(entry.seconds)), iterations=1
+            )
         except BaseException:
             # Not only Exception: an interrupted benchmark has no record, and must not be in the JSON without one.
             benchmark.has_error = True
             raise
+        record = entry.record
         # Filled, not assigned: pytest-benchmark holds on to this very dictionary.
         benchmark.extra_info.update(record.to_dict())
         if record.status != "ok" and benchmark.stats is not None:
@@ -137,9 +125,41 @@ class Suite:
             benchmark.stats.stats.data.clear()
             benchmark.has_error = True
         self.records.append((benchmark.group, record))
-        if self.journal and benchmark.enabled:
-            self._keep(benchmark.fullname, Entry(record, tuple(run.seconds)))
         return record
+
+    def _entry(self, case: Case, spec: RunSpec) -> Entry:
+        """The benchmark's run: one that is measured already, or measured now in turns with the others of its case."""
+        if case.fullname in self._measured:
+            return self._measured[case.fullname]
+        if kept := self._kept(case, spec):
+            self.replayed += 1
+            return kept
+        wanted = {spec: [case.fullname]}
+        for other in self.selected:
+            if other.conditions == case.conditions and other.fullname not in {case.fullname, *self._measured}:
+                try:
+                    its_spec = self.spec(other.method, **other.conditions)
+                except (InputError, MethodError):
+                    continue  # its own benchmark says so
+                if not self._kept(other, its_spec):
+                    wanted.setdefault(its_spec, []).append(other.fullname)
+        measure_all(
+            list(wanted),
+            self.reference,
+            lambda spec, record, seconds: self._add(wanted[spec], Entry(record, tuple(seconds))),
+            self.time_limit_s,
+            self.interval_s,
+        )
+        return self._measured[case.fullname]
+
+    def _kept(self, case: Case, spec: RunSpec) -> Entry | None:
+        return self.journal.find(case.fullname, spec) if self.journal else None
+
+    def _add(self, fullnames: Sequence[str], entry: Entry) -> None:
+        for fullname in fullnames:
+            self._measured[fullname] = entry
+            if self.journal is not None:
+                self._keep(fullname, entry)
 
     def _keep(self, fullname: str, entry: Entry) -> None:
         try:

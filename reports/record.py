@@ -140,13 +140,14 @@ class Record:
     step_time_ratio: float | None = _f(
         "median over the rounds of the step's time to that of full fine-tuning's neighbouring step"
     )
-    step_time_ratio_low: float | None = _f(f"lower end of the ratio's {RATIO_CONFIDENCE:.0%} bootstrap interval")
-    step_time_ratio_high: float | None = _f(f"upper end of the ratio's {RATIO_CONFIDENCE:.0%} bootstrap interval")
+    step_time_ratio_low: float | None = _f(f"lower end of the ratio's {RATIO_CONFIDENCE:.0%} interval")
+    step_time_ratio_high: float | None = _f(f"upper end of the ratio's {RATIO_CONFIDENCE:.0%} interval")
     pairing: str | None = _f(
         "rounds: the two workers step in turns; blocks: one model in memory at a time, a ratio for each pair of blocks"
     )
     timed_rounds: int | None = _f("the number of rounds behind the times; a round is one period of the method's steps")
     timed_steps: int | None = _f("the number of steps behind the times")
+    timed_span_s: float | None = _f("from the start of the first round to the end of the last: what the interval saw")
     preparation_time_s: float | None = _f("time the method took to prepare, untracked steps included")
     loss_first: float | None = _f("loss of the first step")
     loss_last: float | None = _f("loss of the last step")

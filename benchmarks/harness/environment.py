@@ -65,14 +65,24 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
 
-def process_peak_bytes() -> int | None:
-    """The resident set's high-water mark of this process; None where the system does not tell.
+def process_peak_bytes(pid: int | str = "self") -> int | None:
+    """The resident set's high-water mark of a process; None where the system does not tell.
 
     /proc is asked, not getrusage: that one starts at the size of the process that forked this one.
     """
+    return _kib(f"/proc/{pid}/status", "VmHWM:")
+
+
+def available_bytes() -> int | None:
+    """Memory that new processes can have without swapping; None where the system does not tell."""
+    return _kib("/proc/meminfo", "MemAvailable:")
+
+
+def _kib(path: str, name: str) -> int | None:
+    """The bytes in a line `name NUMBER kB` of a file of the system's."""
     try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
+        for line in Path(path).read_text(encoding="ascii").splitlines():
+            if line.startswith(name):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

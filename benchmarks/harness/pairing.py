@@ -1,8 +1,8 @@
 """A measured run whose rounds stand next to full fine-tuning's.
 
-A machine's speed drifts; the ratio of two neighbouring steps does not. So the method's worker and the worker of full
-fine-tuning on the same conditions (the reference) are alive at once and step in turns. The reference of `full` itself
-is a second worker of full fine-tuning: its ratio shows what the harness cannot tell from 1.
+A machine's speed drifts; the ratio of two neighbouring steps drifts much less. So the method's worker and the worker of
+full fine-tuning on the same conditions (the reference) are alive at once and step in turns. The reference of `full`
+itself is a second worker of full fine-tuning: its ratio shows what the harness cannot tell from 1.
 
 Where two models do not fit at once, the two take turns in blocks: one worker at a time, prepared, stepped and ended.
 Where full fine-tuning does not run at all there is no ratio, and plain seconds remain.
@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
+from benchmarks.harness.ratio import ratio_fields
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S, RunFailed, Worker
-from reports.record import RATIO_CONFIDENCE, Record
+from reports.record import Record
 
 # How a run ends that finds too little memory.
 CROWDED = ("oom", "killed")
 # Pairs of blocks where one model is in memory at a time: each costs two preparations.
 BLOCKS = 3
-RESAMPLES = 10_000
 # Before each step of a pair. OpenMP's threads wait busily for some milliseconds after their last work, so that a step
 # that follows another worker's at once shares the processor with them: on two cores LoRA's step on a block of 384x1536
 # took 36 ms so, and 30 ms alone or after this rest.
@@ -39,6 +36,7 @@ class Reference:
         self.time_limit_s = time_limit_s
         self._spec: RunSpec | None = None
         self._worker: Worker | None = None
+        self._lost: RunFailed | None = None
 
     def __enter__(self) -> Reference:
         return self
@@ -57,18 +55,24 @@ class Reference:
                 self._worker.prepare()
             except RunFailed:
                 self._worker = None
-        if self._worker is not None:
-            self._worker.renew()
         return self._worker is not None
 
     def round(self) -> float:
-        """One round of the worker: seconds per step. Raises `RunFailed`."""
+        """One round of the worker: seconds per step. Raises `RunFailed`, and again until the next `ready_for`."""
+        if self._worker is None:
+            raise self._lost
+        # The time limit is for a worker that hangs: this one serves many runs.
+        self._worker.renew()
         try:
             return self._worker.round()
-        except RunFailed:
-            # For this run; the next one on these conditions tries again.
+        except RunFailed as failure:
             self.close()
+            self._lost = failure
             raise
+
+    def high_water_bytes(self) -> int | None:
+        """The most memory that the worker's process took so far."""
+        return self._worker.high_water_bytes() if self._worker else None
 
     def close(self) -> None:
         """End the worker."""
@@ -78,20 +82,33 @@ class Reference:
 
 
 class Run:
-    """One measured run, driven from outside: `prepare`, then `rounds` times `reference_round` and `round`, `finish`.
+    """One measured run, driven from outside: `prepare`, then `rounds` times `pair`, then `finish`.
 
     None of them raises for what befalls the run: `finish` gives a record that says so. `spec.rounds` = 0 leaves the
     plain pass out. `reference` None leaves the pairing out.
+
+    With `shares_memory`, other runs are in memory too: where there is too little of it, the run is `crowded` and ends,
+    since the others may be the cause, instead of finding a way out.
     """
 
-    def __init__(self, spec: RunSpec, reference: Reference | None, time_limit_s: float = DEFAULT_TIME_LIMIT_S):
+    def __init__(
+        self,
+        spec: RunSpec,
+        reference: Reference | None,
+        time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+        shares_memory: bool = False,
+    ):
         self.spec = spec
+        self.shares_memory = shares_memory
+        self.crowded = False
         self.seconds: list[float] = []
         self.reference_seconds: list[float] = []
         self.pairing: str | None = None
         self._reference = reference
         self._time_limit_s = time_limit_s
         self._rounds_timed = 0
+        self._began: float | None = None
+        self._ended: float | None = None
         self._worker: Worker | None = None
         self._failure: Record | None = None
 
@@ -115,8 +132,8 @@ class Run:
         try:
             self._start_worker()
         except RunFailed as failure:
-            if self.pairing is None or failure.record.status not in CROWDED:
-                self._failure = failure.record
+            if self.pairing is None or self.shares_memory or failure.record.status not in CROWDED:
+                self._fail(failure)
                 return
             self._take_turns_in_blocks()
         if self.pairing == "rounds":
@@ -124,13 +141,23 @@ class Run:
             try:
                 self._reference.round()
             except RunFailed as failure:
-                if failure.record.status in CROWDED:
-                    self._take_turns_in_blocks()
-                else:
-                    self.pairing = None
+                self._without_reference(failure)
 
-    def reference_round(self) -> None:
-        """Full fine-tuning's share of a round; nothing where the run is not paired."""
+    def pair(self, reference_first: bool = True) -> None:
+        """One round: a step of full fine-tuning's (or a block of them) and one of the method's, in this order or not.
+
+        Only the method's where the run is not paired; nothing where it failed.
+        """
+        self._began = self._began or time.monotonic()
+        if reference_first or self.pairing == "blocks":
+            self._reference_round()
+            self._round()
+        else:
+            self._round()
+            self._reference_round()
+        self._ended = time.monotonic()
+
+    def _reference_round(self) -> None:
         if self._failure is not None or self.pairing is None:
             return
         try:
@@ -143,22 +170,20 @@ class Run:
             self.reference_seconds.append(statistics.median(steps))
             if self.pairing == "blocks":
                 self._reference.close()
-        except RunFailed:
+        except RunFailed as failure:
+            self.crowded |= failure.record.status in CROWDED
             self._give_up_pairing()
 
-    def round(self) -> float:
-        """The method's share of a round: seconds per step; 0 where the run failed."""
+    def _round(self) -> None:
         if self._failure is not None:
-            return 0.0
+            return
         try:
             self._start_worker()
             rounds = [self._rested(self._worker) for _ in range(self._rounds_of_a_block)]
             self.seconds.append(statistics.median(rounds))
             self._rounds_timed += len(rounds)
         except RunFailed as failure:
-            self._failure = failure.record
-            return 0.0
-        return self.seconds[-1]
+            self._fail(failure)
 
     def _rested(self, worker: Reference | Worker) -> float:
         if self.pairing == "rounds":
@@ -177,16 +202,21 @@ class Run:
                 obtained |= self._times(obtained.pop("period"))
             obtained |= self._memory()
         except RunFailed as failure:
+            self.crowded |= failure.record.status in CROWDED
             return replace(failure.record, **obtained)
         finally:
             self._end_worker()
         return self.spec.blank(self.spec.label(), **obtained)
 
+    def high_water_bytes(self) -> int | None:
+        """The most memory that the worker's process took so far."""
+        return self._worker.high_water_bytes() if self._worker else None
+
     def _memory(self) -> dict[str, object]:
         try:
             return self._worker.memory()
         except RunFailed as failure:
-            if self.pairing != "rounds" or failure.record.status not in CROWDED:
+            if self.shares_memory or self.pairing != "rounds" or failure.record.status not in CROWDED:
                 raise
         # The reference's model may have been what was too much.
         self._reference.close()
@@ -209,10 +239,24 @@ class Run:
             self._worker.close()
             self._worker = None
 
+    def _fail(self, failure: RunFailed) -> None:
+        self._failure = failure.record
+        self.crowded |= failure.record.status in CROWDED
+        self._end_worker()
+
+    def _without_reference(self, failure: RunFailed) -> None:
+        """Full fine-tuning's worker failed beside the method's."""
+        if failure.record.status not in CROWDED:
+            self.pairing = None
+        elif self.shares_memory:
+            self.pairing, self.crowded = None, True
+        else:
+            self._take_turns_in_blocks()
+
     def _take_turns_in_blocks(self) -> None:
         self._reference.close()
         self._end_worker()
-        self.pairing = "blocks"
+        self.pairing, self.crowded = "blocks", True
 
     def _give_up_pairing(self) -> None:
         self.pairing = None
@@ -225,43 +269,7 @@ class Run:
             "step_time_max_s": max(self.seconds),
             "timed_rounds": len(self.seconds),
             "timed_steps": self._rounds_timed * period,
+            "timed_span_s": self._ended - self._began,
             "pairing": self.pairing,
             **ratio_fields(self.seconds, self.reference_seconds),
         }
-
-
-def ratio_fields(seconds: Sequence[float], reference_seconds: Sequence[float]) -> dict[str, float | None]:
-    """Median of the paired ratios and its bootstrap interval, as a record's fields; without pairs, nothing.
-
-    The interval is the percentile interval of the median over resampled rounds; one round has none.
-    """
-    if not reference_seconds:
-        return {}
-    ratios = np.array(seconds) / np.array(reference_seconds)
-    low, high = bootstrap_median(ratios) if len(ratios) > 1 else (None, None)
-    return {
-        "reference_step_time_s": statistics.median(reference_seconds),
-        "step_time_ratio": float(np.median(ratios)),
-        "step_time_ratio_low": low,
-        "step_time_ratio_high": high,
-    }
-
-
-def bootstrap_median(
-    values: np.ndarray, confidence: float = RATIO_CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of the median of `values` (n,), the same for the same values."""
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    medians = np.median(values[draws], axis=1)
-    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-def measure(spec: RunSpec, reference: Reference | None, time_limit_s: float = DEFAULT_TIME_LIMIT_S) -> Record:
-    """A whole run, driven here."""
-    with Run(spec, reference, time_limit_s) as run:
-        run.prepare()
-        for _ in range(run.rounds):
-            run.reference_round()
-            run.round()
-        return run.finish()

@@ -21,7 +21,7 @@ from typing import TextIO
 import torch
 
 from baselines.method import MethodError
-from benchmarks.harness.environment import allocator, environment
+from benchmarks.harness.environment import allocator, environment, process_peak_bytes
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.plain import PlainPass
 from benchmarks.harness.protocol import Diverged, measure_memory
@@ -96,6 +96,10 @@ class Worker:
     def memory(self) -> dict[str, object]:
         """The tracked pass, and the names and the environment of the run: the rest of a record."""
         return dict(self._ask("memory"))
+
+    def high_water_bytes(self) -> int | None:
+        """The most memory that the process took so far; None where the system does not tell."""
+        return process_peak_bytes(self._process.pid)
 
     def close(self) -> None:
         """End the process and its children."""

@@ -1,75 +1,26 @@
-"""Runs next to full fine-tuning's: pairing, its ways out, and the interval of a ratio."""
+"""Runs next to full fine-tuning's: pairing, and its ways out."""
 
-import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from benchmarks.harness import pairing
-from benchmarks.harness.pairing import Reference, Run, bootstrap_median, measure, ratio_fields
-from benchmarks.harness.spec import RunSpec
-from benchmarks.harness.worker import RunFailed, failed
-
-SPEC = RunSpec(method="lora", budget=2, layer=(16, 24), batch=2, seq=4, rounds=6, calibration_steps=2)
+from benchmarks.harness.pairing import Reference, Run
+from benchmarks.harness.turns import measure_all
+from tests.harness.fake_workers import SPEC, alive, fake_workers, once
 
 
-class FakeWorker:
-    """Stands in for a worker process: steps take what `script` says, and fail where it says a status."""
-
-    def __init__(self, spec, _, script, log):
-        self.spec, self.log = spec, log
-        self._script = script.get(spec.method, {})
-        log.append(("start", spec.method))
-
-    def _do(self, what, value):
-        self.log.append((what, self.spec.method))
-        outcome = self._script.get(what, value)
-        outcome = outcome() if callable(outcome) else outcome
-        if isinstance(outcome, str):
-            raise RunFailed(failed(self.spec, outcome, "as told"))
-        return outcome
-
-    def prepare(self):
-        self._do("prepare", None)
-
-    def renew(self):
-        pass
-
-    def round(self):
-        return self._do("round", {"full": 2.0, "lora": 1.0}[self.spec.method])
-
-    def plain(self):
-        return dict(self._do("plain", {"touched_params": 5, "touched_steps": 8, "period": 1}))
-
-    def memory(self):
-        return dict(self._do("memory", {"peak_step_bytes": 77, "model": "layer 16x24"}))
-
-    def close(self):
-        self.log.append(("close", self.spec.method))
+def measure(spec, reference):
+    """The record of one run."""
+    records = []
+    measure_all([spec], reference, lambda _, record, seconds: records.append(record), interval_s=0)
+    return records[0]
 
 
 @pytest.fixture
 def workers(monkeypatch):
     """(script, log): what the workers do, and what they were asked to do."""
-    script, log = {}, []
-    monkeypatch.setattr(pairing, "Worker", lambda spec, limit: FakeWorker(spec, limit, script, log))
-    return script, log
-
-
-def alive(log):
-    """The most workers that were alive at once."""
-    now = most = 0
-    for what, _ in log:
-        now += {"start": 1, "close": -1}.get(what, 0)
-        most = max(most, now)
-    return most
-
-
-def once(status, otherwise):
-    """Fails with `status` the first time, then gives `otherwise`."""
-    outcomes = iter([status])
-    return lambda: next(outcomes, otherwise)
+    return fake_workers(monkeypatch)
 
 
 def test_steps_alternate_with_full_fine_tunings(workers):
@@ -77,8 +28,8 @@ def test_steps_alternate_with_full_fine_tunings(workers):
     with Reference() as reference:
         record = measure(SPEC, reference)
     steps = [method for what, method in log if what == "round"]
-    # One of the reference's to warm up, then pairs in which it comes first.
-    assert steps == ["full"] + ["full", "lora"] * 6
+    # One of the reference's to warm up, then pairs in which it comes first and last by turns.
+    assert steps == ["full"] + ["full", "lora", "lora", "full"] * 3
     assert (record.status, record.pairing) == ("ok", "rounds")
     assert (record.step_time_s, record.reference_step_time_s, record.step_time_ratio) == (1.0, 2.0, 0.5)
     assert (record.step_time_ratio_low, record.step_time_ratio_high) == (0.5, 0.5)
@@ -186,7 +137,7 @@ def test_another_failure_is_the_records_status(workers, what, status):
 
 def test_a_reference_that_is_lost_on_the_way_costs_the_ratio_alone(workers):
     script, _ = workers
-    steps = iter([2.0, 2.0, 2.0, "crashed"])
+    steps = iter([2.0, 2.0, 2.0, "crashed"])  # one to warm up, two rounds
     script["full"] = {"round": lambda: next(steps)}
     with Reference() as reference:
         record = measure(SPEC, reference)
@@ -231,48 +182,3 @@ def test_real_workers():
         assert record.touched_steps == 8
         assert record.process_peak_bytes > record.peak_step_bytes > 0
     assert (first.model, first.budget, second.budget) == ("layer 16x24", 2, None)
-
-
-def test_the_interval_holds_the_median_as_often_as_it_says():
-    """Of 400 samples of 15 from a skewed distribution, the 99 % intervals hold the true median in most."""
-    generator = np.random.default_rng(1)
-    truth = math.log(2)
-    held = 0
-    for _ in range(400):
-        low, high = bootstrap_median(generator.exponential(size=15), confidence=0.99, resamples=500)
-        held += low <= truth <= high
-    # Binomial: at a coverage of 0.97, fewer than 0.94 of 400 has a probability below 0.001.
-    assert held >= 0.94 * 400
-    narrow = sum(
-        low <= truth <= high
-        for low, high in (bootstrap_median(generator.exponential(size=15), 0.5, 500) for _ in range(400))
-    )
-    assert narrow < 0.75 * 400
-
-
-def test_the_interval_of_equal_values_is_that_value_and_the_same_every_time():
-    assert bootstrap_median(np.full(7, 3.5)) == (3.5, 3.5)
-    values = np.arange(9.0)
-    assert bootstrap_median(values) == bootstrap_median(values)
-    low, high = bootstrap_median(values)
-    assert 0 <= low < 4 < high <= 8
-
-
-def test_the_ratio_is_of_neighbours_not_of_medians():
-    # A machine that slows down by a factor of ten: each pair still has the ratio 2.
-    reference = [1.0, 3.0, 10.0]
-    assert ratio_fields([2.0, 6.0, 20.0], reference) == {
-        "reference_step_time_s": 3.0,
-        "step_time_ratio": 2.0,
-        "step_time_ratio_low": 2.0,
-        "step_time_ratio_high": 2.0,
-    }
-
-
-def test_one_round_has_a_ratio_and_no_interval():
-    fields = ratio_fields([1.0], [2.0])
-    assert (fields["step_time_ratio"], fields["step_time_ratio_low"], fields["step_time_ratio_high"]) == (
-        0.5,
-        None,
-        None,
-    )
