@@ -149,11 +149,14 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter, config):
     """The records in short, and what went wrong with their file."""
     suite = config.stash.get(SUITE, None)
-    if suite is None or not suite.records:
+    if suite is None:
         return
-    terminalreporter.section("records")
+    if suite.records:
+        terminalreporter.section("records")
     for line in suite.summary():
         terminalreporter.write_line(line)
+    if left := suite.left_in_journal():
+        terminalreporter.write_line(left)
     if suite.replayed:
         terminalreporter.write_line(f"{suite.replayed} of {len(suite.records)} runs were taken from an earlier suite")
     if suite.problem:

@@ -181,6 +181,12 @@ class Suite:
         else:
             self.journal.close([entry["fullname"] for entry in output["benchmarks"]])
 
+    def left_in_journal(self) -> str | None:
+        """A line about runs that are complete and in no other file, where there are such."""
+        if self.problem or self.journal is None or not self.journal.path.exists():
+            return None
+        return f"{len(self.journal.entries)} complete runs are in {self.journal.path}: run again with --resume"
+
     def machine_info(self) -> dict[str, object]:
         """What tells machines apart that differ, and nothing that changes from run to run."""
         known = environment(self.device)
@@ -188,6 +194,8 @@ class Suite:
 
     def summary(self) -> list[str]:
         """The records as lines for a terminal."""
+        if not self.records:
+            return []
         rows = [("method [budget]", "peak, MiB", "resident, MiB", "step, ms", "step / full's", "status")]
         lines, group = [], None
         for case, record in self.records:

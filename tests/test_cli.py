@@ -8,7 +8,7 @@ import pytest
 
 from baselines import method
 from benchmarks import cli
-from benchmarks.harness import models, pairing, worker
+from benchmarks.harness import models, pairing, turns, worker
 from benchmarks.harness.spec import RunSpec
 from reports.record import read
 
@@ -74,7 +74,7 @@ def test_where_records_cannot_be_written_nothing_is_measured(path, tmp_path, mon
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pairing, "measure", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr(turns, "measure_all", lambda *_: pytest.fail("measured all the same"))
     assert cli.main([*LAYER, "--methods", "full", "--json", path]) == 2
     err = capsys.readouterr().err
     assert f"--json {path} " in err
@@ -82,7 +82,7 @@ def test_where_records_cannot_be_written_nothing_is_measured(path, tmp_path, mon
 
 
 def test_a_closed_standard_output_is_told_before_measuring(monkeypatch, capsys):
-    monkeypatch.setattr(pairing, "measure", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr(turns, "measure_all", lambda *_: pytest.fail("measured all the same"))
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main([*LAYER, "--methods", "full"]) == 2
     assert "standard output is closed" in capsys.readouterr().err
@@ -90,12 +90,11 @@ def test_a_closed_standard_output_is_told_before_measuring(monkeypatch, capsys):
 
 @pytest.mark.parametrize("to_file", [False, True])
 def test_an_interruption_keeps_the_complete_records(to_file, tmp_path, monkeypatch, capsys):
-    def interrupted_at_the_head(spec, *_):
-        if spec.method == "head":
-            raise KeyboardInterrupt
-        return spec.blank(spec.label(), peak_step_bytes=1)
+    def interrupted_at_the_head(specs, reference, done, *_):
+        done(specs[0], specs[0].blank(specs[0].label(), peak_step_bytes=1), [])
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pairing, "measure", interrupted_at_the_head)
+    monkeypatch.setattr(turns, "measure_all", interrupted_at_the_head)
     path = tmp_path / "records.json"
     assert cli.main([*LAYER, "--methods", "full,head", "--json", str(path) if to_file else "-"]) == 130
     out, err = capsys.readouterr()
@@ -107,13 +106,27 @@ def test_an_interruption_keeps_the_complete_records(to_file, tmp_path, monkeypat
 def test_runs_are_paired_with_one_reference_that_ends_with_the_command(options, paired, monkeypatch, capsys):
     seen, closed = [], []
     monkeypatch.setattr(pairing.Reference, "close", lambda self: closed.append(self))
-    monkeypatch.setattr(pairing, "measure", lambda spec, reference, _: seen.append(reference) or spec.blank("layer"))
-    arguments = ["run", "--layer", "12x20", "--methods", "full,head", "--json", "-"]
-    monkeypatch.setattr(cli, "_outcome", lambda record: record.status)
-    assert cli.main([*arguments, *options]) == 0
-    assert seen[0] is seen[1]
-    assert (seen[0] is not None) == paired
-    assert closed == ([seen[0]] if paired else [])
+    monkeypatch.setattr(turns, "measure_all", lambda specs, reference, *rest: seen.append((reference, rest)))
+    arguments = ["run", "--layer", "12x20", "--methods", "full,head", "--json", "-", "--round-interval", "2.5"]
+    assert cli.main([*arguments, "--time-limit", "9", *options]) == 0
+    ((reference, (_, time_limit_s, interval_s)),) = seen
+    assert (time_limit_s, interval_s) == (9, 2.5)
+    assert (reference is not None) == paired
+    assert closed == ([reference] if paired else [])
+
+
+def test_records_keep_the_order_of_the_methods_whichever_ends_first(monkeypatch, capsys):
+    def last_first(specs, reference, done, *_):
+        for place in (2, 0, 1, 3):
+            record = specs[place].blank("layer", status="oom", reason=str(place))
+            done(specs[place], record, [])
+
+    monkeypatch.setattr(turns, "measure_all", last_first)
+    assert cli.main(["run", "--layer", "12x20", "--methods", "full,lora[2],head,lora[2]", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert [r["method"] for r in json.loads(out)] == ["full", "lora", "head", "lora"]
+    assert [r["reason"] for r in json.loads(out)] == ["0", "1", "2", "3"]
+    assert "[4/4] lora[2]: oom: 3" in err
 
 
 def test_defaults_and_choices_are_those_of_the_harness():
@@ -123,6 +136,7 @@ def test_defaults_and_choices_are_those_of_the_harness():
         assert getattr(run, name) == getattr(spec, name), name
     for name in ("checkpointing", "lr", "seed", "threads", "calibration_steps", "rounds"):
         assert getattr(run, name) == getattr(spec, name), name
+    assert run.round_interval == turns.ROUND_INTERVAL_S
     assert run.time_limit == worker.DEFAULT_TIME_LIMIT_S
     known = {
         "--train-rest": method.TRAIN_REST,

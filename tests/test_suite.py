@@ -29,16 +29,16 @@ from benchmarks.conftest import *
 FAKE = """
 import json, time
 from pathlib import Path
-import benchmarks.suite
+from benchmarks.harness import turns
 
 HERE = Path(__file__).parent
 
 class FakeRun:
-    def __init__(self, spec, reference, limit):
+    crowded, pairing = False, "rounds"
+
+    def __init__(self, spec, reference, limit, shares_memory):
         self.spec, self.seconds = spec, []
         self.told = json.loads((HERE / "script.json").read_text()).get(spec.method, {})
-        with open(HERE / "ran.txt", "a") as log:
-            log.write(spec.method + "\\n")
 
     def __enter__(self):
         return self
@@ -51,32 +51,34 @@ class FakeRun:
         return 0 if "status" in self.told else self.spec.rounds
 
     def prepare(self):
-        time.sleep(self.told.get("sleep", 0))
-
-    def reference_round(self):
         pass
 
-    def round(self):
-        if self.rounds == 0:
-            return 0.0
-        self.seconds.append(0.25 + len(self.seconds) / 8)
-        return self.seconds[-1]
+    def high_water_bytes(self):
+        return 1
+
+    def pair(self, reference_first):
+        if self.rounds:
+            self.seconds.append(0.25 + len(self.seconds) / 8)
 
     def finish(self):
         from benchmarks.harness.worker import expected_environment
+        with open(HERE / "ran.txt", "a") as log:
+            log.write(self.spec.method + "\\n")
+        time.sleep(self.told.get("sleep", 0))
         known = expected_environment(self.spec)
         times = {"timed_rounds": len(self.seconds), "peak_step_bytes": 2**20} if self.rounds else {}
         outcome = {"status": self.told["status"], "reason": "as told"} if "status" in self.told else times
         return self.spec.blank(self.spec.label(), **known, **outcome)
 
-benchmarks.suite.Run = FakeRun
+turns.Run, turns.available_bytes = FakeRun, lambda: 10
 """
 CASES = """
 import pytest
 
 @pytest.mark.parametrize("method", {methods!r})
-def test_small(measured, method):
-    measured(method, layer="16x24", tokens=16, dtype="float32")
+@pytest.mark.parametrize(("layer", "tokens", "dtype"), [("16x24", 16, "float32")])
+def test_small(measured, layer, tokens, dtype, method):
+    measured(method, layer=layer, tokens=tokens, dtype=dtype)
 
 @pytest.mark.large
 def test_too_large(measured):
@@ -100,7 +102,8 @@ class Bench:
 
     def command(self, *options, json_path=None):
         base = [sys.executable, "-m", "pytest", str(self.folder), "--rootdir", str(self.folder)]
-        base += ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "--rounds", "3"]
+        base += ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+        base += ["--rounds", "3", "--round-interval", "0.1"]
         return [*base, f"--benchmark-json={json_path or self.out}", *options]
 
     def run(self, *options, **kwargs):
@@ -136,7 +139,9 @@ def test_real_runs_end_in_pytest_benchmarks_json(tmp_path):
         assert sum(getattr(record, name) for name in BREAKDOWN) == record.peak_step_bytes
         # Flat: what a tracker of results can read.
         assert all(isinstance(value, int | float | str | None) for value in entry["extra_info"].values())
-        assert entry["params"] == {"method": record.method}
+        assert entry["params"] == {"layer": "16x24", "tokens": 16, "dtype": "float32", "method": record.method}
+        # In turns, 0.1 s from round to round.
+        assert 0.2 <= record.timed_span_s
         # pytest-benchmark's statistics are of the worker's own clock.
         assert len(entry["stats"]["data"]) == record.timed_rounds == 3
         assert statistics.median(entry["stats"]["data"]) == pytest.approx(record.step_time_s, rel=1e-9)
@@ -167,7 +172,7 @@ def test_a_run_that_does_not_end_ok_is_in_the_json_with_its_status(tmp_path):
         # What it took to fail is no step's time.
         assert (stats["min"], stats["median"], stats["data"], stats["rounds"]) == (None, None, [], 0)
         assert set(stats) == set(entries["full"]["stats"])
-        assert entries[method]["fullname"].endswith(f"test_small[{method}]")
+        assert entries[method]["fullname"].endswith(f"test_small[16x24-16-float32-{method}]")
 
 
 def test_a_suite_in_which_nothing_ends_ok_still_has_its_json(tmp_path):
@@ -218,9 +223,13 @@ def test_a_killed_suite_resumes_to_what_one_left_alone_gives(bench, tmp_path_fac
 def test_an_interrupted_suite_keeps_what_was_complete_and_nothing_else(bench):
     bench.tell({"head": {"sleep": 300}})
     assert interrupted(bench, signal.SIGINT) == 2
-    assert list(bench.entries()) == ["full", "lora"]
+    # The benchmarks of a case end together; what is complete of it stands in the partial file.
+    assert not bench.out.exists()
+    assert [r.method for r in read(bench.partial)] == ["full", "lora"]
+    assert f"2 complete runs are in {bench.partial}: run again with --resume" in bench.said
     assert bench.run("--resume", "-k", "full or lora") == 0
     assert bench.ran() == ["full", "lora", "head"]  # those before the interruption alone
+    assert list(bench.entries()) == ["full", "lora"]
 
 
 def test_ctrl_c_leaves_no_worker(tmp_path):
@@ -256,12 +265,12 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing_complete(bench):
     one_run = len(json.dumps(bench.entries()["full"]["extra_info"]))
     bench.out.unlink()
     bench.ran()
-    # Room for a partial file of one run, not of two, nor for the JSON of pytest-benchmark.
-    assert bench.run(preexec_fn=limit_files(int(1.5 * one_run))) == 3, bench.said
+    # Room for a partial file of one run, not of two.
+    assert bench.run(preexec_fn=limit_files(int(1.5 * one_run))) == 2, bench.said
     assert bench.ran() == ["full", "lora"]
     assert [r.method for r in read(bench.partial)] == ["full"]
     assert not bench.out.exists()
-    assert bench.said.count("cannot be written") == 2  # the partial file, then the JSON
+    assert bench.said.count("cannot be written") == 1
     assert "--resume" in bench.said
     assert "Traceback" not in bench.said
     assert bench.run("--resume") == 0
@@ -272,8 +281,12 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing_complete(bench):
 def test_an_older_json_survives_a_full_disk(bench):
     assert bench.run("-k", "full") == 0
     before = bench.out.read_bytes()
-    assert bench.run(preexec_fn=limit_files(600)) != 0
+    # The partial file of the run is smaller than the JSON.
+    assert bench.run("-k", "full", preexec_fn=limit_files(len(before) - 100)) == 3
     assert bench.out.read_bytes() == before
+    assert bench.said.count(f"{bench.out} cannot be written") == 1
+    assert [r.method for r in read(bench.partial)] == ["full"]
+    assert "Traceback" not in bench.said
 
 
 @pytest.mark.parametrize(
@@ -282,6 +295,8 @@ def test_an_older_json_survives_a_full_disk(bench):
         (["--benchmark-disable"], "--benchmark-disable leaves nothing to write"),
         (["--rounds", "0"], "must be positive"),
         (["--threads", "-1"], "must be positive"),
+        (["--round-interval", "-1"], "must be a number of seconds, 0 or more"),
+        (["--round-interval", "inf"], "must be a number of seconds, 0 or more"),
         (["--device", "cuda"], "needs an NVIDIA GPU"),
     ],
 )
