@@ -93,11 +93,11 @@ def _add_run(commands) -> None:
         help="steps timed, each beside one of full fine-tuning; 0 leaves the timing pass out (default: 15)",
     )
     run.add_argument(
-        "--round-interval",
+        "--timing-span",
         type=float,
-        default=4.0,
+        default=45.0,
         metavar="SECONDS",
-        help="from one round to the next, so that the rounds see more of the machine than a moment (default: 4)",
+        help="spread the rounds over this long at least: they see more of the machine than a moment (default: 45)",
     )
     run.add_argument(
         "--unpaired", action="store_true", help="time steps alone: full fine-tuning's worker needs its own memory"
@@ -152,7 +152,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _say(f"{specs[0].label()}, train-rest {specs[0].train_rest}, {turns}: {', '.join(map(_named, specs))} ...")
     reference = None if arguments.unpaired else Reference(arguments.time_limit)
     try:
-        measure_all(specs, reference, done, arguments.time_limit, arguments.round_interval)
+        measure_all(specs, reference, done, arguments.time_limit, arguments.timing_span)
     finally:
         if reference is not None:
             reference.close()
@@ -196,8 +196,8 @@ def run_specs(arguments: argparse.Namespace) -> list:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
     if not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
-    if not 0 <= arguments.round_interval < math.inf:
-        raise InputError(f"--round-interval must be a number of seconds, 0 or more, got {arguments.round_interval}")
+    if not 0 <= arguments.timing_span < math.inf:
+        raise InputError(f"--timing-span must be a number of seconds, 0 or more, got {arguments.timing_span}")
     if arguments.rounds < 0 or (arguments.threads is not None and arguments.threads < 1):
         raise InputError("--rounds must not be negative, and --threads must be at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import matrix
 from benchmarks.harness.errors import InputError
-from benchmarks.harness.turns import ROUND_INTERVAL_S
+from benchmarks.harness.turns import SPAN_S
 from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S
 from benchmarks.journal import Journal
 from benchmarks.suite import DEFECTS, Case, Suite, with_failures
@@ -23,14 +23,17 @@ def pytest_addoption(parser):
         "--resume", action="store_true", help="go on from what an earlier suite left at --benchmark-json's path"
     )
     group.addoption(
-        "--rounds", type=int, default=15, help="steps timed, each beside one of full fine-tuning (default: 15)"
+        "--rounds",
+        type=int,
+        default=None,
+        help="steps timed, each beside one of full fine-tuning (default: 15, more where steps are short)",
     )
     group.addoption(
-        "--round-interval",
+        "--timing-span",
         type=float,
-        default=ROUND_INTERVAL_S,
+        default=SPAN_S,
         metavar="SECONDS",
-        help="from one round to the next, so that the rounds see more of the machine than a moment (default: 4)",
+        help="spread the rounds over this long at least: they see more of the machine than a moment (default: 45)",
     )
     group.addoption("--threads", type=int, default=None, help="threads of every worker (default: torch's own number)")
     group.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is a GPU")
@@ -52,17 +55,18 @@ def pytest_sessionstart(session):
         raise pytest.UsageError(f"--benchmark-json={out} cannot be written: {reason}")
     if config.getoption("resume") and not out:
         raise pytest.UsageError("--resume needs --benchmark-json=PATH, beside which the earlier suite's runs are")
-    if min(config.getoption("rounds"), config.getoption("threads") or 1, config.getoption("time_limit")) <= 0:
+    given = [config.getoption(name) for name in ("rounds", "threads", "time_limit")]
+    if any(value is not None and value <= 0 for value in given):
         raise pytest.UsageError("--rounds, --threads and --time-limit must be positive")
-    if not 0 <= config.getoption("round_interval") < math.inf:
-        raise pytest.UsageError("--round-interval must be a number of seconds, 0 or more")
+    if not 0 <= config.getoption("timing_span") < math.inf:
+        raise pytest.UsageError("--timing-span must be a number of seconds, 0 or more")
     device = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
     suite = config.stash[SUITE] = Suite(
         # Without pytest-benchmark's statistics a benchmark runs once.
         rounds=1 if plugin.disabled else config.getoption("rounds"),
-        interval_s=config.getoption("round_interval"),
+        span_s=config.getoption("timing_span"),
         threads=config.getoption("threads") or torch.get_num_threads(),
         device=device,
         time_limit_s=config.getoption("time_limit"),
@@ -83,7 +87,8 @@ def pytest_report_header(config):
     suite = config.stash.get(SUITE, None)
     if suite is None:
         return None
-    return f"suite: {suite.device}, {suite.threads} threads, {suite.rounds} rounds, budgets of {matrix.EQUAL_TRAINABLE}"
+    rounds = f"{suite.rounds or f'{matrix.ROUNDS} rounds or more'} over {suite.span_s:g} s or more"
+    return f"suite: {suite.device}, {suite.threads} threads, {rounds}, budgets of {matrix.EQUAL_TRAINABLE}"
 
 
 def pytest_collection_modifyitems(config, items):

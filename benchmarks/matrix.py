@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
 import pytest
@@ -23,11 +24,14 @@ SIZES = ("384x1536", "768x3072", "1024x4096", "4096x11008")
 LARGE = ("4096x11008",)
 TOKENS = (512, 2048)
 DTYPES = ("float32", "bfloat16")
+# Rounds that are timed: more where steps are so short that the time over which rounds are spread has room for more.
+ROUNDS = 15
+MORE_ROUNDS = {("384x1536", 512): 45, ("768x3072", 512): 25}
 # Sequences in a batch of T tokens: what tells an example from a minibatch.
 SHAPE_BATCH = 4
-# Their gradients are random, so there is no basis to find: more steps would cost hours over the matrix and change
-# nothing but the preparation's time.
-SHAPE_CALIBRATION_STEPS = 10
+# Their gradients are random, so there is no basis to find: these are as many as give the Gram matrices full rank at
+# T = 512; more would cost hours over the matrix and change nothing but the preparation's time.
+SHAPE_CALIBRATION_STEPS = 5
 
 # Models: batch and tokens per example. The text is short questions for the encoder, running text for the decoder.
 MODELS = {"minilm-l6": (16, 64), "smollm2-135m": (2, 128)}
@@ -40,6 +44,11 @@ QUICK_REGIMES = ("all",)
 QUICK_BLOCK_METHODS = ("full", "lora", "meprop-weight", "sparsegrad")
 QUICK_TOKENS = (512,)
 QUICK_DTYPES = ("float32",)
+
+
+def rounds(case: Mapping[str, object]) -> int:
+    """Rounds to time on the case (its fields as the tests name them)."""
+    return MORE_ROUNDS.get((case.get("layer") or case.get("block"), case.get("tokens")), ROUNDS)
 
 
 def shapes(kind: str) -> list:

@@ -15,7 +15,7 @@ from benchmarks.harness.errors import InputError
 from benchmarks.harness.pairing import Reference
 from benchmarks.harness.plan import plan
 from benchmarks.harness.spec import RunSpec
-from benchmarks.harness.turns import ROUND_INTERVAL_S, measure_all
+from benchmarks.harness.turns import SPAN_S, measure_all
 from benchmarks.journal import Entry, Journal
 from reports import tables
 from reports.record import Record, write_bytes
@@ -61,11 +61,11 @@ class Suite:
     is then given each one's rounds as it comes to it.
     """
 
-    rounds: int
+    rounds: int | None  # None: the case's own
     threads: int
     device: str
     time_limit_s: float
-    interval_s: float = ROUND_INTERVAL_S
+    span_s: float = SPAN_S
     journal: Journal | None = None
     selected: list[Case] = field(default_factory=list)
     clock: StepClock = field(default_factory=StepClock)
@@ -79,6 +79,7 @@ class Suite:
 
     def spec(self, method: str, **case: object) -> RunSpec:
         """The run of a case of the matrix: every method at the budget of the reference on that case."""
+        rounds = matrix.rounds(case)
         if "model" in case:
             workload = dict(zip(("batch", "seq"), matrix.MODELS[case["model"]], strict=True))
         else:
@@ -96,7 +97,7 @@ class Suite:
             matrix.EQUAL_TRAINABLE,
             **case,
             **workload,
-            rounds=self.rounds,
+            rounds=self.rounds or rounds,
             threads=self.threads,
             device=self.device,
             optimizer_impl="foreach" if self.device == "cuda" else "for-loop",
@@ -148,7 +149,7 @@ class Suite:
             self.reference,
             lambda spec, record, seconds: self._add(wanted[spec], Entry(record, tuple(seconds))),
             self.time_limit_s,
-            self.interval_s,
+            self.span_s,
         )
         return self._measured[case.fullname]
 

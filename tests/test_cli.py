@@ -107,10 +107,10 @@ def test_runs_are_paired_with_one_reference_that_ends_with_the_command(options, 
     seen, closed = [], []
     monkeypatch.setattr(pairing.Reference, "close", lambda self: closed.append(self))
     monkeypatch.setattr(turns, "measure_all", lambda specs, reference, *rest: seen.append((reference, rest)))
-    arguments = ["run", "--layer", "12x20", "--methods", "full,head", "--json", "-", "--round-interval", "2.5"]
+    arguments = ["run", "--layer", "12x20", "--methods", "full,head", "--json", "-", "--timing-span", "2.5"]
     assert cli.main([*arguments, "--time-limit", "9", *options]) == 0
-    ((reference, (_, time_limit_s, interval_s)),) = seen
-    assert (time_limit_s, interval_s) == (9, 2.5)
+    ((reference, (_, time_limit_s, span_s)),) = seen
+    assert (time_limit_s, span_s) == (9, 2.5)
     assert (reference is not None) == paired
     assert closed == ([reference] if paired else [])
 
@@ -136,7 +136,7 @@ def test_defaults_and_choices_are_those_of_the_harness():
         assert getattr(run, name) == getattr(spec, name), name
     for name in ("checkpointing", "lr", "seed", "threads", "calibration_steps", "rounds"):
         assert getattr(run, name) == getattr(spec, name), name
-    assert run.round_interval == turns.ROUND_INTERVAL_S
+    assert run.timing_span == turns.SPAN_S
     assert run.time_limit == worker.DEFAULT_TIME_LIMIT_S
     known = {
         "--train-rest": method.TRAIN_REST,

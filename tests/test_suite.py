@@ -103,7 +103,7 @@ class Bench:
     def command(self, *options, json_path=None):
         base = [sys.executable, "-m", "pytest", str(self.folder), "--rootdir", str(self.folder)]
         base += ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
-        base += ["--rounds", "3", "--round-interval", "0.1"]
+        base += ["--rounds", "3", "--timing-span", "0.3"]
         return [*base, f"--benchmark-json={json_path or self.out}", *options]
 
     def run(self, *options, **kwargs):
@@ -295,8 +295,8 @@ def test_an_older_json_survives_a_full_disk(bench):
         (["--benchmark-disable"], "--benchmark-disable leaves nothing to write"),
         (["--rounds", "0"], "must be positive"),
         (["--threads", "-1"], "must be positive"),
-        (["--round-interval", "-1"], "must be a number of seconds, 0 or more"),
-        (["--round-interval", "inf"], "must be a number of seconds, 0 or more"),
+        (["--timing-span", "-1"], "must be a number of seconds, 0 or more"),
+        (["--timing-span", "inf"], "must be a number of seconds, 0 or more"),
         (["--device", "cuda"], "needs an NVIDIA GPU"),
     ],
 )
@@ -414,6 +414,9 @@ def test_every_case_of_the_matrix_has_a_run():
     for model in matrix.MODELS:
         assert suite().spec("lora", model=model, train_rest="all").model == model
     assert {case.values for case in matrix.models()} == set(product(matrix.MODELS, ("all", "none"), matrix.METHODS))
+    case = suite(rounds=None).spec("lora", layer="384x1536", tokens=512, dtype="float32")
+    assert (case.rounds, suite(rounds=None).spec("lora", model="minilm-l6", train_rest="all").rounds) == (45, 15)
+    assert suite(rounds=7).spec("lora", layer="384x1536", tokens=512, dtype="float32").rounds == 7
     quick = [
         case for case in matrix.shapes("layer") + matrix.shapes("block") + matrix.models() if "quick" in str(case.marks)
     ]

@@ -18,8 +18,9 @@ from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S
 from reports.record import Record
 
-# From the start of a round to the start of the next: fifteen rounds then see a minute of the machine.
-ROUND_INTERVAL_S = 4.0
+# The rounds are spread over this long at least, so that they see more of the machine than a moment: in a series of
+# eight minutes, ratios of neighbouring steps were correlated over ten seconds and more.
+SPAN_S = 45.0
 # Another worker is started where this many times the largest one's memory is available.
 ROOM = 2
 
@@ -31,7 +32,7 @@ def measure_all(
     reference: Reference | None,
     done: Done,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
-    interval_s: float = ROUND_INTERVAL_S,
+    span_s: float = SPAN_S,
 ) -> None:
     """Measure runs that differ in their method alone; `done` gets each one's spec, record and seconds as it ends.
 
@@ -42,14 +43,14 @@ def measure_all(
     while later:
         together = later if reference is not None and later[0].rounds else later[:1]
         rest = later[len(together) :]
-        alone, later = _take_turns(together, reference, done, time_limit_s, interval_s)
+        alone, later = _take_turns(together, reference, done, time_limit_s, span_s)
         for spec in alone:
-            _take_turns([spec], reference, done, time_limit_s, interval_s)
+            _take_turns([spec], reference, done, time_limit_s, span_s)
         later += rest
 
 
 def _take_turns(
-    specs: Sequence[RunSpec], reference: Reference | None, done: Done, time_limit_s: float, interval_s: float
+    specs: Sequence[RunSpec], reference: Reference | None, done: Done, time_limit_s: float, span_s: float
 ) -> tuple[list[RunSpec], list[RunSpec]]:
     """Measure those that fit; gives those to be measured alone, and those that were not begun. The first is begun."""
     runs, alone, later = [], [], list(specs)
@@ -66,7 +67,7 @@ def _take_turns(
                 break
         for run in runs:
             run.shares_memory = len(runs) > 1
-        _drive(runs, interval_s)
+        _drive(runs, span_s)
         for run in runs:
             record = run.finish()
             if run.crowded and run.shares_memory:
@@ -76,10 +77,11 @@ def _take_turns(
     return alone, later
 
 
-def _drive(runs: Sequence[Run], interval_s: float) -> None:
+def _drive(runs: Sequence[Run], span_s: float) -> None:
+    rounds = max(run.rounds for run in runs)
     # The order changes from round to round, so that nobody always follows the same neighbour.
     order = random.Random(0)
-    for i, _ in enumerate(_paced(max(run.rounds for run in runs), interval_s if _spread(runs) else 0.0)):
+    for i, _ in enumerate(_paced(rounds, span_s / max(rounds, 1) if _spread(runs) else 0.0)):
         for run in order.sample(runs, len(runs)):
             run.pair(reference_first=i % 2 == 0)
 

@@ -13,7 +13,7 @@ from tests.harness.fake_workers import SPEC, alive, fake_workers, once
 def measure(spec, reference):
     """The record of one run."""
     records = []
-    measure_all([spec], reference, lambda _, record, seconds: records.append(record), interval_s=0)
+    measure_all([spec], reference, lambda _, record, seconds: records.append(record), span_s=0)
     return records[0]
 
 

@@ -30,7 +30,7 @@ def measured(specs=ALL, reference=True, **options):
             specs,
             full if reference else None,
             lambda spec, record, seconds: records.update({spec.method: record}),
-            **{"interval_s": 0, **options},
+            **{"span_s": 0, **options},
         )
     return records
 
@@ -68,16 +68,16 @@ def test_rounds_keep_their_distance(workers, monkeypatch):
         now[0] += seconds
 
     monkeypatch.setattr(turns.time, "sleep", sleep)
-    measured([SPEC], interval_s=3.0)
+    measured([SPEC], span_s=18.0)
     # Between six rounds, not before the first nor after the last; rests between steps are of no length here.
     assert [s for s in slept if s] == [3.0] * 5
     slept.clear()
-    measured([SPEC], reference=False, interval_s=3.0)
+    measured([SPEC], reference=False, span_s=18.0)
     assert not any(slept)  # no ratio, no interval
 
 
 def test_the_span_of_the_rounds_is_recorded(workers):
-    (record,) = measured([replace(SPEC, rounds=3)], interval_s=0.05).values()
+    (record,) = measured([replace(SPEC, rounds=3)], span_s=0.15).values()
     assert 0.1 <= record.timed_span_s < 5
 
 
