@@ -63,7 +63,8 @@ KINDS = (
         step_time.describe,
         panels.MOST_ROWS,
         "The time of a step as a ratio to full fine-tuning's neighbouring step: the median over the rounds with its "
-        f"{RATIO_CONFIDENCE:.0%} bootstrap interval, and beside it the plain median in milliseconds. Left of the line "
+        f"{RATIO_CONFIDENCE:.0%} interval over segments of the rounds, and beside it the plain median in milliseconds. "
+        "Left of the line "
         "a step is shorter than full fine-tuning's. The row of full sets it against a second worker of full: an A/A "
         "control, whose distance from 1 is the harness's own noise. Paired in blocks: two models did not fit into "
         "memory at once, so blocks of rounds were set against one another. Hollow markers are predictions.",

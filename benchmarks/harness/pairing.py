@@ -14,7 +14,7 @@ import statistics
 import time
 from dataclasses import replace
 
-from benchmarks.harness.ratio import ratio_fields
+from benchmarks.harness.ratio import half_width, ratio_fields
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S, RunFailed, Worker
 from reports.record import Record
@@ -101,6 +101,7 @@ class Run:
         self.spec = spec
         self.shares_memory = shares_memory
         self.crowded = False
+        self.least_half_width = 0.0  # of the ratio's interval; see ratio.py
         self.seconds: list[float] = []
         self.reference_seconds: list[float] = []
         self.pairing: str | None = None
@@ -212,6 +213,10 @@ class Run:
         """The most memory that the worker's process took so far."""
         return self._worker.high_water_bytes() if self._worker else None
 
+    def half_width(self) -> float | None:
+        """Half the width of the ratio's interval by this run's rounds alone; None where there is none."""
+        return None if self._failure is not None else half_width(self.seconds, self.reference_seconds)
+
     def _memory(self) -> dict[str, object]:
         try:
             return self._worker.memory()
@@ -271,5 +276,5 @@ class Run:
             "timed_steps": self._rounds_timed * period,
             "timed_span_s": self._ended - self._began,
             "pairing": self.pairing,
-            **ratio_fields(self.seconds, self.reference_seconds),
+            **ratio_fields(self.seconds, self.reference_seconds, self.least_half_width),
         }

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 from benchmarks.harness.environment import available_bytes
 from benchmarks.harness.pairing import Reference, Run
+from benchmarks.harness.ratio import usual_half_width
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S
 from reports.record import Record
@@ -68,7 +69,9 @@ def _take_turns(
         for run in runs:
             run.shares_memory = len(runs) > 1
         _drive(runs, span_s)
+        usual = usual_half_width([run.half_width() for run in runs])
         for run in runs:
+            run.least_half_width = usual
             record = run.finish()
             if run.crowded and run.shares_memory:
                 alone.append(run.spec)

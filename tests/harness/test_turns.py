@@ -1,5 +1,6 @@
 """Runs timed in turns: who steps when, and what happens where memory is short."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,17 @@ def test_rounds_keep_their_distance(workers, monkeypatch):
     slept.clear()
     measured([SPEC], reference=False, span_s=18.0)
     assert not any(slept)  # no ratio, no interval
+
+
+def test_no_interval_is_narrower_than_is_usual_in_its_company(workers):
+    script, _ = workers
+    for method, steps in (("lora", [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]), ("head", [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])):
+        script[method] = {"round": iter(steps).__next__}
+    records = measured()
+    width = {m: math.log(r.step_time_ratio_high / r.step_time_ratio_low) for m, r in records.items()}
+    # The head scatters most, and full fine-tuning not at all.
+    assert 0 < width["full"] < 0.99 * width["head"]
+    assert width["full"] == pytest.approx(width["lora"])
 
 
 def test_the_span_of_the_rounds_is_recorded(workers):
