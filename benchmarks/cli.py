@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,21 @@ from reports.record import Record, RecordError, dumps, read, unwritable, write
 
 if TYPE_CHECKING:
     from benchmarks.harness.spec import RunSpec
+    from benchmarks.harness.turns import Done
 
 OK, USAGE = 0, 2
+# As benchmarks/harness/predict.py has them; that file imports torch.
+PREDICTED_DEVICES = ("cpu",)
 
 RUN_EXAMPLES = """examples:
   sparsegrad-bench run --model minilm-l6 --methods full,lora[7],sparsegrad --equal-trainable lora[7] --json -
   sparsegrad-bench run --layer 768x3072 --methods all --seq 512 --dtype bfloat16 --json layer.json
   sparsegrad-bench run --model path/to/config.json --methods lora[8] --targets attention --train-rest none
+"""
+PREDICT_EXAMPLES = """examples:
+  sparsegrad-bench predict --model llama-2-7b --methods lora[7] --batch 1 --seq 512 --dtype bfloat16
+  sparsegrad-bench predict --model bert-base --methods all --equal-trainable lora[7] --json bert.json
+  sparsegrad-bench predict --block 4096x11008 --methods all --batch 1 --seq 2048 --dtype bfloat16
 """
 REPORT_EXAMPLES = """examples:
   sparsegrad-bench report results/records.json --out results
@@ -39,53 +47,68 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_predict(commands)
     _add_report(commands)
     return root
+
+
+def _shared_options() -> argparse.ArgumentParser:
+    """What `run` and `predict` both take: the workload, the methods, and how they train."""
+    shared = argparse.ArgumentParser(add_help=False)
+    what = shared.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--model", help="packaged checkpoint, preset, path of a config.json or its directory; ORG/NAME with --hub"
+    )
+    what.add_argument("--layer", type=_shape, metavar="D_INxD_OUT", help="one linear layer")
+    what.add_argument("--block", type=_shape, metavar="D_INxD_OUT", help="two MLP blocks: up, GELU, down, twice")
+    shared.add_argument(
+        "--methods", default="all", help="comma-separated names with a budget in brackets, or all (default)"
+    )
+    shared.add_argument(
+        "--equal-trainable", metavar="METHOD", help="match every other budget to this one's, e.g. lora[7]"
+    )
+    shared.add_argument(
+        "--data", help="text to train on (default: trec for encoders, movie for decoders); glue/TASK with --hub"
+    )
+    shared.add_argument("--hub", action="store_true", help="allow downloads from the Hugging Face hub")
+    shared.add_argument("--targets", default="mlp", help="mlp (default), attention, all-linear, or NAME,NAME")
+    shared.add_argument(
+        "--train-rest", choices=("all", "none"), default="all", help="whether the rest trains too (default: all)"
+    )
+    shared.add_argument("--adapter-dtype", choices=("same", "float32"), default="same")
+    shared.add_argument("--batch", type=int, default=16)
+    shared.add_argument("--seq", type=int, default=128)
+    shared.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float64")
+    shared.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
+    shared.add_argument(
+        "--optimizer-impl", choices=("for-loop", "foreach", "fused"), default=None, help="default: torch's own"
+    )
+    shared.add_argument("--checkpointing", action="store_true", help="activation checkpointing (models)")
+    shared.add_argument("--lr", type=float, default=1e-4)
+    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument(
+        "--calibration-steps", type=int, default=30, help="backward passes before the HOSVD (default: 30)"
+    )
+    shared.add_argument(
+        "--json", metavar="PATH|-", default="-", help="where records go; - is standard output (default)"
+    )
+    return shared
 
 
 def _add_run(commands) -> None:
     run = commands.add_parser(
         "run",
+        parents=[_shared_options()],
         help="measure methods on one workload",
         description="Measure methods on one workload, each in a process of its own, and time them in turns: a round of "
         "each, then the next round. Progress goes to stderr.",
         epilog=RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = run.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--model", help="packaged checkpoint, preset, path of a config.json or its directory; ORG/NAME with --hub"
-    )
-    what.add_argument("--layer", type=_shape, metavar="D_INxD_OUT", help="one linear layer")
-    what.add_argument("--block", type=_shape, metavar="D_INxD_OUT", help="two MLP blocks: up, GELU, down, twice")
-    run.add_argument(
-        "--methods", default="all", help="comma-separated names with a budget in brackets, or all (default)"
-    )
-    run.add_argument("--equal-trainable", metavar="METHOD", help="match every other budget to this one's, e.g. lora[7]")
-    run.add_argument(
-        "--data", help="text to train on (default: trec for encoders, movie for decoders); glue/TASK with --hub"
-    )
-    run.add_argument("--hub", action="store_true", help="allow downloads from the Hugging Face hub")
-    run.add_argument("--targets", default="mlp", help="mlp (default), attention, all-linear, or NAME,NAME")
-    run.add_argument(
-        "--train-rest", choices=("all", "none"), default="all", help="whether the rest trains too (default: all)"
-    )
-    run.add_argument("--adapter-dtype", choices=("same", "float32"), default="same")
     run.add_argument(
         "--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is a GPU, else cpu"
     )
-    run.add_argument("--batch", type=int, default=16)
-    run.add_argument("--seq", type=int, default=128)
-    run.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float64")
-    run.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
-    run.add_argument(
-        "--optimizer-impl", choices=("for-loop", "foreach", "fused"), default=None, help="default: torch's own"
-    )
-    run.add_argument("--checkpointing", action="store_true", help="activation checkpointing (models)")
-    run.add_argument("--lr", type=float, default=1e-4)
-    run.add_argument("--seed", type=int, default=0)
     run.add_argument("--threads", type=int, default=None, help="torch's intra-operation threads (default: torch's own)")
-    run.add_argument("--calibration-steps", type=int, default=30, help="backward passes before the HOSVD (default: 30)")
     run.add_argument(
         "--rounds",
         type=int,
@@ -103,8 +126,23 @@ def _add_run(commands) -> None:
         "--unpaired", action="store_true", help="time steps alone: full fine-tuning's worker needs its own memory"
     )
     run.add_argument("--time-limit", type=float, default=1800, metavar="SECONDS", help="per method (default: 1800)")
-    run.add_argument("--json", metavar="PATH|-", default="-", help="where records go; - is standard output (default)")
     run.set_defaults(handler=_run)
+
+
+def _add_predict(commands) -> None:
+    predict = commands.add_parser(
+        "predict",
+        parents=[_shared_options()],
+        help="what a run would measure, without its memory",
+        description="Run the measured protocol on fake tensors, which have shapes and no memory: the same records "
+        "without times, losses and kernels' own workspaces. Progress goes to stderr.",
+        epilog=PREDICT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    predict.add_argument(
+        "--device", choices=PREDICTED_DEVICES, default="cpu", help="whose memory behaviour to predict: cpu alone so far"
+    )
+    predict.set_defaults(handler=_predict)
 
 
 def _add_report(commands) -> None:
@@ -133,9 +171,36 @@ def _run(arguments: argparse.Namespace) -> int:
     from benchmarks.harness.turns import measure_all
 
     specs = run_specs(arguments)
-    _check_destination(arguments.json)
+    reference = None if arguments.unpaired else Reference(arguments.time_limit)
+
+    def obtain(done: Done) -> None:
+        measure_all(specs, reference, done, arguments.time_limit, arguments.timing_span)
+
+    turns = "timed in turns" if specs[0].rounds and not arguments.unpaired else "one after the other"
+    try:
+        return _collect(specs, turns, obtain, arguments.json)
+    finally:
+        if reference is not None:
+            reference.close()
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from benchmarks.harness.predict import predict
+
+    specs = predict_specs(arguments)
+
+    def obtain(done: Done) -> None:
+        for spec in specs:
+            done(spec, predict(spec), ())
+
+    return _collect(specs, "predicted", obtain, arguments.json)
+
+
+def _collect(specs: Sequence[RunSpec], how: str, obtain: Callable[[Done], None], destination: str) -> int:
+    """Take records as they come, tell how each went, and keep them in the order of the specs."""
+    _check_destination(destination)
     records: list[Record] = []
-    places: list[int] = []  # of the records, in the order of the methods
+    places: list[int] = []  # of the records, among the specs
     started = time.monotonic()
 
     def done(spec: RunSpec, record: Record, _) -> None:
@@ -145,23 +210,19 @@ def _run(arguments: argparse.Namespace) -> int:
         records.insert(at, record)
         passed = time.monotonic() - started
         _say(f"[{len(records)}/{len(specs)}] {_named(spec)}: {_outcome(record)} (after {passed:.0f} s)")
-        if arguments.json != "-":
-            write(records, arguments.json)
+        if destination != "-":
+            write(records, destination)
 
-    turns = "timed in turns" if specs[0].rounds and not arguments.unpaired else "one after the other"
-    _say(f"{specs[0].label()}, train-rest {specs[0].train_rest}, {turns}: {', '.join(map(_named, specs))} ...")
-    reference = None if arguments.unpaired else Reference(arguments.time_limit)
+    _say(f"{specs[0].label()}, train-rest {specs[0].train_rest}, {how}: {', '.join(map(_named, specs))} ...")
     try:
-        measure_all(specs, reference, done, arguments.time_limit, arguments.timing_span)
+        obtain(done)
     finally:
-        if reference is not None:
-            reference.close()
         # Also when interrupted: what is complete is kept.
-        if arguments.json == "-":
+        if destination == "-":
             sys.stdout.write(dumps(records))
             sys.stdout.flush()
-    if arguments.json != "-":
-        _say(f"{len(records)} records in {arguments.json}")
+    if destination != "-":
+        _say(f"{len(records)} records in {destination}")
     failed = [record.status for record in records if record.status != "ok"]
     if failed:
         _say(f"{len(failed)} of {len(records)} runs did not end ok: {', '.join(failed)}")
@@ -188,14 +249,9 @@ def run_specs(arguments: argparse.Namespace) -> list:
     import torch
 
     from benchmarks.harness.errors import InputError
-    from benchmarks.harness.plan import plan
-    from benchmarks.harness.spec import RunSpec
 
-    for name in ("calibration_steps", "time_limit", "lr"):
-        if not getattr(arguments, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
-    if not 0 <= arguments.seed < 2**32:
-        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
+    if not arguments.time_limit > 0:
+        raise InputError(f"--time-limit must be positive, got {arguments.time_limit}")
     if not 0 <= arguments.timing_span < math.inf:
         raise InputError(f"--timing-span must be a number of seconds, 0 or more, got {arguments.timing_span}")
     if arguments.rounds < 0 or (arguments.threads is not None and arguments.threads < 1):
@@ -203,14 +259,34 @@ def run_specs(arguments: argparse.Namespace) -> list:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
+    # Fixed here, so that every worker has the same.
+    return _specs(arguments, device=device, threads=arguments.threads or torch.get_num_threads())
+
+
+def predict_specs(arguments: argparse.Namespace) -> list:
+    """The predictions that a command line asks for, checked as far as no model is needed. Raises for bad input."""
+    return _specs(arguments, device=arguments.device, rounds=0)
+
+
+def _specs(arguments: argparse.Namespace, device: str, **fixed: object) -> list:
+    from benchmarks.harness.errors import InputError
+    from benchmarks.harness.plan import plan
+    from benchmarks.harness.spec import RunSpec
+
+    for name in ("calibration_steps", "lr"):
+        if not getattr(arguments, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
     names = {f.name for f in dataclasses.fields(RunSpec)} - {"equal_trainable"}
     common = {key: value for key, value in vars(arguments).items() if key in names}
     # torch's own choice: foreach on CUDA, a loop over the parameters elsewhere.
-    common["optimizer_impl"] = arguments.optimizer_impl or ("foreach" if device == "cuda" else "for-loop")
-    common["device"] = device
-    # Fixed here, so that every worker has the same.
-    common["threads"] = arguments.threads or torch.get_num_threads()
-    return plan(arguments.methods, arguments.equal_trainable, **common)
+    impl = arguments.optimizer_impl or ("foreach" if device == "cuda" else "for-loop")
+    return plan(
+        arguments.methods,
+        arguments.equal_trainable,
+        **{**common, "optimizer_impl": impl, "device": device, **fixed},
+    )
 
 
 def _outcome(record: Record) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsegrad.adapted import is_transposed
 from sparsegrad.errors import SparseGradError
 from sparsegrad.mlp import checked_shapes
+from sparsegrad.values import passes
 
 
 class TransitionMatrices(nn.Module):
@@ -66,7 +67,7 @@ class StreamingHOSVD:
     def update(self, gradient: Tensor) -> None:
         """Add one gradient G (D_out, D_in). Raises `SparseGradError` for a NaN or an infinity, and adds nothing."""
         low, high = torch.aminmax(gradient)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        if not passes(torch.isfinite(low) & torch.isfinite(high)):
             raise SparseGradError("a weight gradient holds NaN or infinity; lower the loss scale or check the batches")
         g = gradient.to(self.dtype)
         self.gram_in.addmm_(g.T, g)
@@ -76,9 +77,9 @@ class StreamingHOSVD:
     def transition_matrices(self, dtype: torch.dtype) -> TransitionMatrices:
         """The bases in `dtype`. Raises `SparseGradError` where no gradient, or none but zeros, was seen."""
         energy = self.gram_in.diagonal().sum()
-        if not bool(torch.isfinite(energy)):
+        if not passes(torch.isfinite(energy)):
             raise SparseGradError(f"the squares of the gradients overflow {self.dtype}; scale the loss down")
-        if self.count == 0 or not bool(energy > 0):
+        if self.count == 0 or not passes(energy > 0):
             raise SparseGradError(
                 f"{self.count} gradients were collected and all are zero: give at least one batch with a loss to reduce"
             )

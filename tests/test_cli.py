@@ -9,6 +9,7 @@ import pytest
 from baselines import method
 from benchmarks import cli
 from benchmarks.harness import models, pairing, turns, worker
+from benchmarks.harness.predict import SEMANTICS
 from benchmarks.harness.spec import RunSpec
 from reports.record import read
 
@@ -129,6 +130,50 @@ def test_records_keep_the_order_of_the_methods_whichever_ends_first(monkeypatch,
     assert "[4/4] lora[2]: oom: 3" in err
 
 
+PREDICT = ["predict", *LAYER[1 : LAYER.index("--rounds")]]
+
+
+def test_predict_prints_records_in_the_order_of_methods(capsys):
+    assert cli.main([*PREDICT, "--methods", "sparsegrad,full,lora[2]", "--equal-trainable", "lora[2]"]) == 0
+    out, err = capsys.readouterr()
+    records = json.loads(out)
+    assert [r["method"] for r in records] == ["sparsegrad", "full", "lora"]
+    assert [(r["status"], r["source"], r["device_semantics"]) for r in records] == [("ok", "predicted", "cpu")] * 3
+    assert [(r["budget"], r["matched"]) for r in records] == [(2 * 32, True), (None, False), (2, True)]
+    # Weight and bias of 12 x 20 with two moments each, and AdamW's two step counters.
+    assert records[1]["resident_bytes"] == 3 * 4 * (12 * 20 + 20) + 2 * 4
+    assert err.count(" ok, peak ") == 3
+
+
+def test_predict_writes_what_report_reads(tmp_path, capsys):
+    path = tmp_path / "records.json"
+    assert cli.main([*PREDICT, "--methods", "full,head", "--json", str(path)]) == 0
+    assert cli.main(["report", str(path), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_refused_prediction_does_not_end_the_table(capsys, tmp_path):
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    path.write_text(json.dumps({"model_type": "bert", "vocab_size": 99, **sizes}))
+    arguments = ["predict", "--model", str(path), "--batch", "1", "--seq", "4", "--methods", "meprop-weight,full"]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert [r["status"] for r in json.loads(out)] == ["refused", "ok"]
+    assert "1 of 2 runs did not end ok: refused" in err
+
+
+def test_predict_and_run_share_their_options():
+    run, predict = (vars(cli.parser().parse_args([command, "--layer", "2x3"])) for command in ("run", "predict"))
+    differing = {"command", "device", "handler"}
+    assert {name: run[name] for name in predict if name not in differing} == {
+        name: value for name, value in predict.items() if name not in differing
+    }
+    assert run.keys() - predict.keys() == {"rounds", "threads", "time_limit", "timing_span", "unpaired"}
+    assert cli.PREDICTED_DEVICES == SEMANTICS
+
+
 def test_defaults_and_choices_are_those_of_the_harness():
     run = cli.parser().parse_args(["run", "--layer", "2x3"])
     spec = RunSpec(method="full")
@@ -173,8 +218,9 @@ def test_defaults_and_choices_are_those_of_the_harness():
         (["--model", "minilm-l6", "--data", "glue/sst2"], "--hub"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments, message, capsys):
-    assert cli.main(["run", *arguments]) == 2
+@pytest.mark.parametrize("command", ["run", "predict"])
+def test_bad_input_is_one_clear_line(command, arguments, message, capsys):
+    assert cli.main([command, *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
@@ -189,6 +235,9 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys):
         ["run", "--layer", "0x3"],
         ["run", "--layer", "12x20", "--model", "minilm-l6"],
         ["run", "--layer", "12x20", "--train-rest", "some"],
+        ["predict"],
+        ["predict", "--layer", "12x20", "--device", "cuda"],
+        ["predict", "--layer", "12x20", "--rounds", "3"],
         ["nonsense"],
     ],
 )
@@ -214,7 +263,7 @@ def test_help_needs_no_torch():
 
 
 def test_every_command_has_examples(capsys):
-    for command in ("run", "report"):
+    for command in ("run", "predict", "report"):
         with pytest.raises(SystemExit) as error:
             cli.main([command, "--help"])
         assert error.value.code == 0

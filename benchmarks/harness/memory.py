@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,6 +93,21 @@ def tensors_in(thing: object) -> Iterator[Tensor]:
                 yield leaf
 
 
+def tensors_of(thing: object) -> Iterator[Tensor]:
+    """Every tensor among an operation's arguments or results, which are nested in nothing but lists and tuples.
+
+    A pytree's leaves would be the same, in several times the time.
+    """
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, tuple | list):
+        for part in thing:
+            yield from tensors_of(part)
+    elif isinstance(thing, dict):
+        for part in thing.values():
+            yield from tensors_of(part)
+
+
 # Modules whose frames torch puts between an operation and a mode's __torch_dispatch__.
 _DISPATCH_WRAPPERS = ("torch._compile", "torch._dynamo.eval_frame", "torch.utils._python_dispatch")
 
@@ -118,16 +134,17 @@ def _taken_over(gradient: Tensor) -> Tensor:
 class Tracker(TorchDispatchMode):
     """Logs the birth and death of storages while it is entered as a context.
 
-    Only storages on `device_type` count.
+    Only storages on `device_type` count; with `fake`, those of fake tensors alone, which have a size and no memory.
 
     >>> with Tracker() as tracker, tracker.phase("forward"):
     ...     y = model(x)
     >>> tracker.peak(0).bytes
     """
 
-    def __init__(self, device_type: str = "cpu"):
+    def __init__(self, device_type: str = "cpu", fake: bool = False):
         super().__init__()
         self.device_type = device_type
+        self.fake = fake
         self.events: list[Event] = []
         self.live_bytes = 0
         self._phase = "idle"
@@ -141,16 +158,16 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operation, then note the storages that it returned and the arguments not seen before."""
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)  # a fake tensor is asked for its device
+        for tensor in tensors_of((args, kwargs)):
+            self._see(tensor)
         if func is torch.ops.aten.clone.default and args[0].layout == torch.sparse_coo and _called_by_autograd():
             result = _taken_over(args[0])
         else:
             result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        for tensor in tensors_of(result):
+            self._see(tensor)
         return result
 
     def adopt(self, *things: object) -> None:
@@ -160,9 +177,13 @@ class Tracker(TorchDispatchMode):
                 self._see(tensor)
 
     def _see(self, tensor: Tensor) -> None:
+        if isinstance(tensor, FakeTensor) != self.fake:
+            return
+        # Not the storage's device, which is meta where the tensor is fake.
+        device = tensor.fake_device if self.fake else tensor.device
+        if device.type != self.device_type:
+            return
         for storage in storages(tensor):
-            if storage.device.type != self.device_type:
-                continue
             address = storage._cdata
             known = self._live.get(address)
             if known is None:

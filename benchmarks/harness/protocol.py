@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from baselines.method import Method, Setting, target_shapes
+from baselines.method import Method, ParameterCounts, Setting, target_shapes
 from baselines.registry import get
 from benchmarks.harness.cuda import AllocatorMeter
 from benchmarks.harness.memory import AllocatorTrace, Peak, Span, Tracker, steady_collection
@@ -46,10 +46,12 @@ class Trained:
     optimizers: list[Optimizer]
 
 
-def build(spec: RunSpec, workload: Workload) -> tuple[Method, nn.Module, Sequence[tuple[int, int]]]:
-    """The method, the unprepared model, and the shapes of the method's target weights."""
+def build(
+    spec: RunSpec, workload: Workload, make_model: Callable[[], nn.Module] | None = None
+) -> tuple[Method, nn.Module, Sequence[tuple[int, int]]]:
+    """The method, the unprepared model (by default the workload's), and the shapes of the method's target weights."""
     torch.manual_seed(spec.seed)
-    model = workload.build()
+    model = (make_model or workload.build)()
     layers = workload.layers(model)
     setting = Setting(
         layers=layers,
@@ -97,14 +99,76 @@ def training_step(state: Trained, batch: object, phase: Phase, after: Callable[[
     return loss
 
 
-def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
-    """The memory fields and counts of a record, and the losses of the first and the last step."""
-    device = torch.device(spec.device)
-    method, model, shapes = build(spec, workload)
-    tracker = Tracker(device.type)
-    tracker.adopt(model)
+@dataclass
+class TrackedPass:
+    """The tracked pass when its steps are done: the model as it is now, and where in the tracker's log it did what."""
 
-    preparation, preparation_trace = _track_preparation(tracker, method, model, workload.batches())
+    state: Trained
+    batch: object
+    tracker: Tracker
+    counts: ParameterCounts
+    losses: list[float | None]
+    updated: list[int]  # entries written, step by step
+    preparation: Span
+    spans: dict[str, list[Span]]  # phase -> where it was in the log, step by step
+    steps: Span  # the steps of one period
+    evaluation: Span
+    resident: int  # bytes
+
+    def facts(self) -> dict[str, object]:
+        """The fields of a record that are not peaks: counts, losses, the timeline."""
+        return {
+            **asdict(self.counts),
+            "updated_params": max(self.updated),
+            "state_params": state_params(self.state.optimizers),
+            "timeline": timeline(self.tracker, self.spans, self.steps.start, self.steps.end).dumps(),
+            "padding_fraction": self.state.workload.padding_fraction(self.batch),
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+        }
+
+    def peaks(self) -> dict[str, object]:
+        """The peaks as the tracker counts them, and what was live at the largest."""
+        peak = {name: max(self._most(span) for span in those) for name, those in self.spans.items()}
+        step = self.tracker.peak(self.steps.start, self.steps.end)
+        return {
+            **{f"peak_{name}_bytes": value for name, value in peak.items()},
+            **breakdown(step),
+            "resident_bytes": self.resident,
+            "peak_step_bytes": step.bytes,
+            # No birth in a step: it starts with its peak.
+            "peak_phase": step.phase or "forward",
+            "peak_eval_bytes": self._most(self.evaluation),
+            "peak_preparation_bytes": self._most(self.preparation),
+        }
+
+    def workspace(self, span: Span, trace: AllocatorTrace) -> int:
+        """What the allocator's trace of the same work has beyond the tracker."""
+        return trace.peak_bytes - self.tracker.peak_of_born(span.start, span.end)
+
+    def _most(self, span: Span) -> int:
+        return self.tracker.peak(span.start, span.end).bytes
+
+
+def track(
+    spec: RunSpec,
+    workload: Workload,
+    tracker: Tracker,
+    make_model: Callable[[], nn.Module] | None = None,
+    witness: AbstractContextManager | None = None,
+) -> TrackedPass:
+    """Prepare and step a new model under the tracker, as the measured and the predicted pass both do it.
+
+    Args:
+        spec: what is asked for.
+        workload: the spec's.
+        tracker: a new one.
+        make_model: makes the unprepared model; the workload's `build` by default.
+        witness: entered around the preparation, which nobody can repeat.
+    """
+    method, model, shapes = build(spec, workload, make_model)
+    tracker.adopt(model)
+    preparation = _track_preparation(tracker, method, model, workload.batches(), witness or nullcontext())
     counts = method.counts(model, shapes)
     state = ready(spec, workload, method, model)
     _mark_what_stays(tracker, state)
@@ -120,56 +184,41 @@ def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
     updated: list[int] = []
     torch.manual_seed(spec.seed)
     with tracker, steady_collection():
-        first = tracker.position
-        for _ in range(method.period):
-            losses.append(_tracked_step(state, batch, tracker, spans, updated))
-        last = tracker.position
+        with tracker.phase("idle") as steps:
+            for _ in range(method.period):
+                losses.append(_tracked_step(state, batch, tracker, spans, updated))
         resident = tracker.live(batch)
         evaluation = _tracked_evaluation(state, batch, tracker)
+    return TrackedPass(state, batch, tracker, counts, losses, updated, preparation, spans, steps, evaluation, resident)
 
-    result: dict[str, object] = {
-        **asdict(counts),
-        "updated_params": max(updated),
-        "state_params": state_params(state.optimizers),
-        "timeline": timeline(tracker, spans, first, last).dumps(),
-        "padding_fraction": workload.padding_fraction(batch),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-    }
-    step = tracker.peak(first, last)
-    peaks = {f"peak_{name}_bytes": max(tracker.peak(s.start, s.end).bytes for s in spans[name]) for name in spans}
+
+def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
+    """The memory fields and counts of a record, and the losses of the first and the last step."""
+    device = torch.device(spec.device)
+    preparation_trace = AllocatorTrace()
+    done = track(spec, workload, Tracker(device.type), witness=preparation_trace)
+    facts = done.facts()
     # The dropout of the tracked steps again: which stripes of dL/dY are zero, and so are skipped, depends on it.
     torch.manual_seed(spec.seed)
     if device.type == "cuda":
-        return {**result, **_metered(state, batch, step, resident, preparation, tracker)}
+        return {**facts, **_metered(done)}
     with steady_collection(), AllocatorTrace() as trace:
-        for _ in range(method.period):
-            training_step(state, batch, untracked)
+        for _ in range(done.state.method.period):
+            training_step(done.state, done.batch, untracked)
     return {
-        **result,
-        **peaks,
-        **breakdown(step),
-        "resident_bytes": resident,
-        "peak_step_bytes": step.bytes,
-        # No birth in a step: it starts with its peak.
-        "peak_phase": step.phase or "forward",
-        "peak_eval_bytes": tracker.peak(evaluation.start, evaluation.end).bytes,
-        "peak_preparation_bytes": tracker.peak(preparation.start, preparation.end).bytes,
-        "kernel_workspace_bytes": trace.peak_bytes - tracker.peak_of_born(first, last),
-        "preparation_workspace_bytes": preparation_trace.peak_bytes
-        - tracker.peak_of_born(preparation.start, preparation.end),
+        **facts,
+        **done.peaks(),
+        "kernel_workspace_bytes": done.workspace(done.steps, trace),
+        "preparation_workspace_bytes": done.workspace(done.preparation, preparation_trace),
     }
 
 
-def _track_preparation(tracker: Tracker, method: Method, model: nn.Module, batches: Iterator[object]):
-    trace = AllocatorTrace()
-    with ExitStack() as stack:
-        stack.enter_context(steady_collection())
-        stack.enter_context(trace)
-        stack.enter_context(tracker)
-        span = stack.enter_context(tracker.phase("preparation"))
+def _track_preparation(
+    tracker: Tracker, method: Method, model: nn.Module, batches: Iterator[object], witness: AbstractContextManager
+) -> Span:
+    with steady_collection(), witness, tracker, tracker.phase("preparation") as span:
         method.prepare(model, batches)
-    return span, trace
+    return span
 
 
 def _mark_what_stays(tracker: Tracker, state: Trained) -> None:
@@ -257,10 +306,9 @@ def untracked(_: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _metered(
-    state: Trained, batch: object, tracked: Peak, resident: int, preparation: Span, tracker: Tracker
-) -> dict[str, object]:
+def _metered(done: TrackedPass) -> dict[str, object]:
     """CUDA: peaks from the allocator; the tracker tells what they were, and rounding and workspaces are the rest."""
+    state, batch, tracker = done.state, done.batch, done.tracker
     meter = AllocatorMeter(torch.device(state.workload.device))
     with steady_collection():
         # What earlier passes left in the cache is not this step's.
@@ -275,16 +323,15 @@ def _metered(
     evaluation = meter.allocated.pop("eval")
     meter.requested.pop("eval")
     top = max(meter.allocated.values())
-    parts = breakdown(tracked)
-    parts["temporary_bytes"] += top - tracked.bytes
+    tracked = done.peaks()
     return {
+        **tracked,
         **{f"peak_{name}_bytes": value for name, value in meter.allocated.items()},
-        **parts,
+        "temporary_bytes": tracked["temporary_bytes"] + top - tracked["peak_step_bytes"],
         "resident_bytes": live - (tracker.live() - tracker.live(batch)),
         "peak_step_bytes": top,
         "peak_phase": max(meter.allocated, key=meter.allocated.get),
         "peak_eval_bytes": evaluation,
-        "peak_preparation_bytes": tracker.peak(preparation.start, preparation.end).bytes,
         "peak_requested_bytes": max(meter.requested.values()),
         "peak_reserved_bytes": meter.reserved,
     }

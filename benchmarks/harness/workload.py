@@ -7,6 +7,7 @@ the workload itself holds X, a lone layer cannot show what saving less of X is w
 
 from __future__ import annotations
 
+import itertools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +15,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from benchmarks.harness import models, text
 from benchmarks.harness.errors import InputError
-from sparsegrad.mlp import find_layers
+from sparsegrad.mlp import FAMILIES, find_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+# Activations whose derivative is zero at single points only: with others a whole column of dL/dY can be zero.
+SMOOTH_ACTIVATIONS = (
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+    "silu",
+    "swish",
+    "mish",
+    "tanh",
+)
+# Encoders (model types) whose classification head reads the first token of the last layer.
+FIRST_TOKEN_ENCODERS = ("bert", "roberta", "xlm-roberta")
 
 # What a packaged checkpoint is trained on by default.
 DEFAULT_DATA = {"encoder": "trec", "decoder": "movie"}
@@ -60,7 +77,7 @@ class Workload(ABC):
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
-        """The same architecture on the meta device: shapes without memory."""
+        """The same model on the meta device: shapes without memory."""
 
     def layers(self, model: nn.Module) -> dict[str, list[str]]:
         """Kind -> names of the target layers."""
@@ -91,6 +108,20 @@ class Workload(ABC):
     def padding_fraction(self, batch: object) -> float | None:
         """Share of the batch's tokens that are padding."""
         return 0.0
+
+    # --- what a prediction, whose tensors have no values, must be told
+
+    def batches_alike(self, count: int) -> bool:
+        """Whether the first `count` batches differ in nothing that decides what a step allocates."""
+        return True
+
+    def gradient_rows(self) -> Mapping[str, int | None]:
+        """How many rows of dL/dY (one for each of batch x seq tokens) are not zero throughout, in the first batch.
+
+        A regular expression that is searched for in a layer's name -> rows; the first that matches counts. None, or no
+        match: it is not known.
+        """
+        return {"": self.batch * self.seq}
 
 
 class TwoBlocks(nn.Module):
@@ -235,6 +266,15 @@ class ModelWorkload(Workload):
     def build(self):
         """The checkpoint's weights, or new ones under the seed."""
         model = self.source.build(self.num_labels, self.dtype, self.attention, self.seed).to(self.device)
+        return self._configured(model)
+
+    def skeleton(self):
+        """Shapes alone."""
+        with torch.device("meta"):
+            model = self.source.without_weights().build(self.num_labels, self.dtype, self.attention, self.seed)
+        return self._configured(model)
+
+    def _configured(self, model: nn.Module) -> nn.Module:
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             # transformers makes the embeddings' output require gradients, which this kind of checkpointing does not
@@ -242,16 +282,11 @@ class ModelWorkload(Workload):
             model.disable_input_require_grads()
         return model
 
-    def skeleton(self):
-        """Shapes alone."""
-        with torch.device("meta"):
-            return self.source.without_weights().build(self.num_labels, self.dtype, self.attention, self.seed)
-
     def batches(self):
         """Keyword arguments of the model, labels among them."""
         if self.text is None:
             return self._random_batches()
-        return self._padded_batches() if self.source.kind == "encoder" else self._packed_batches()
+        return self._padded_batches() if self._pads else self._packed_batches()
 
     def _random_batches(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -314,7 +349,45 @@ class ModelWorkload(Workload):
         # Not where nothing trains: a method may find nothing of its own in a model.
         if loss.requires_grad:
             loss.backward()
-        return float(loss.detach())
+        # A prediction's loss is fake: it has no value.
+        return None if isinstance(loss, FakeTensor) else float(loss.detach())
+
+    def batches_alike(self, count):
+        """Whether all are padded or none is: transformers builds no mask for a batch without padding."""
+        if not self._pads:
+            return True
+        masks = (batch["attention_mask"] for batch in itertools.islice(self.batches(), count))
+        return len({bool(mask.all()) for mask in masks}) == 1
+
+    def gradient_rows(self):
+        """By how a token's output reaches the loss.
+
+        The last position of a decoder predicts nothing, and no other attends to it. Of an encoder with a classification
+        head the last layer's output counts at each example's first token alone, and the layers before it at every token
+        that is not padding.
+        """
+        config = self.source.config
+        if getattr(config, self._activation, None) not in SMOOTH_ACTIVATIONS:
+            return {}
+        if self.source.kind == "decoder" and config.model_type in FAMILIES:
+            # The first query has one key only: the gradient of its softmax is zero, or what rounding makes of that.
+            query = FAMILIES[config.model_type].attention.get("query", "$^")
+            return {rf"(^|\.)({query})$": None, "": self.batch * (self.seq - 1)}
+        if config.model_type in FIRST_TOKEN_ENCODERS:
+            last = rf"encoder\.layer\.{config.num_hidden_layers - 1}\.(?!attention\.self\.(key|value)$)"
+            tokens = int(next(self.batches())["attention_mask"].sum()) if self._pads else self.batch * self.seq
+            return {last: self.batch, r"encoder\.layer\.": tokens, r"pooler\.": self.batch}
+        return {}
+
+    @property
+    def _pads(self) -> bool:
+        return self.text is not None and self.source.kind == "encoder"
+
+    @property
+    def _activation(self) -> str:
+        """The name of the config's entry that names the MLP's activation."""
+        names = ("hidden_act", "activation_function", "hidden_activation", "activation")
+        return next((name for name in names if hasattr(self.source.config, name)), names[0])
 
     def padding_fraction(self, batch):
         """Where the attention mask is zero."""

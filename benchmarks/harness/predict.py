@@ -1,0 +1,168 @@
+"""The protocol on fake tensors: what a run would measure, without its memory or its time.
+
+It is the tracked pass of protocol.py, step for step, on fake CPU tensors (fake.py): the model, the method's
+preparation (calibration and decomposition included), two warm-up steps, the measured period, an evaluation. The
+tracker sees the same storages born and die in the same order as in a run.
+
+What is modelled, with the CPU's semantics: every storage that an operation returns, as its CPU kernel does, until the
+last reference to it is gone. Each `_bytes` field of the tracker, each count and the timeline equal a run's to the byte.
+
+What is not: kernels' own workspaces and the process's high-water mark (`kernel_workspace_bytes`,
+`preparation_workspace_bytes`, `process_peak_bytes` are None), times and losses; a run that diverges.
+
+What depends on values, and how it is known:
+ - Tokens, masks, labels, positions, counters and what is drawn with a seed of its own are known and questions about
+   them are answered (whether a batch is padded, for one), in tensors of up to `MOST_KNOWN` entries.
+ - The supports of `random-mask` are the run's own where no target weight has more than `MOST_KNOWN` entries. In larger
+   ones the entries are taken to be spread evenly over the blocks of rows; how many a block of a drawn support has
+   scatters about that, and with it the temporaries of its backward (16 bytes an entry of the block).
+ - The rows of dL/dY that are zero, which SparseGrad's sparse-by-dense product skips (`sparsegrad`, `meprop-weight`),
+   are what the workload says (`gradient_rows`): tokens whose output does not reach the loss. Columns are taken to hold
+   a non-zero; where dropout could well have emptied one, the prediction is refused.
+ - Checks that values are sound (finite gradients) pass.
+ - Any other question about values ends the prediction: its status is `refused`, and the reason names it.
+
+Where all batches look alike, a method's calibration is run for two steps: every later one repeats the second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import register_module_forward_hook
+
+from baselines.method import MethodError
+from benchmarks.harness.environment import environment
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.fake import KnownValues, lay_fakes, not_traced
+from benchmarks.harness.memory import Tracker
+from benchmarks.harness.protocol import track
+from benchmarks.harness.spec import RunSpec
+from benchmarks.harness.workload import Workload
+from reports.record import Record
+from sparsegrad import SparseGradError, SparseGradLinear
+from sparsegrad.adapted import AdaptedLinear
+
+SEMANTICS = ("cpu",)
+
+# From the second calibration step on each finds what the one before it left.
+CALIBRATION_STEPS = 2
+# Refused where dropout is expected to empty more columns of a layer's dL/dY than this.
+EMPTY_COLUMNS = 1e-3
+
+
+class Unknown(ValueError):
+    """A question about values that nothing answers."""
+
+
+def predict(spec: RunSpec) -> Record:
+    """The record that a run of `spec` would give, as far as it can be known; status `refused` where it cannot.
+
+    `spec.device` names whose kernels' semantics are meant. Raises `InputError` for a spec that no run could take.
+    """
+    if spec.device not in SEMANTICS:
+        raise InputError(f"the semantics of a prediction must be one of {', '.join(SEMANTICS)}, got {spec.device!r}")
+    workload = spec.workload()
+    try:
+        outcome = _predicted(spec, workload)
+    except (MethodError, SparseGradError, InputError, Unknown) as error:
+        outcome = {"status": "refused", "reason": str(error)}
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        outcome = {"status": "refused", "reason": f"what {error.func} returns depends on values that are not known"}
+    except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
+        outcome = {"status": "refused", "reason": f"torch cannot run this on fake tensors: {error}"}
+    # Nothing ran: no processor, threads or allocator had a part in it.
+    facts = environment("cpu") | dict.fromkeys(("device_name", "threads", "allocator"))
+    return spec.blank(workload.name, source="predicted", data=workload.data, **facts, **outcome)
+
+
+def _predicted(spec: RunSpec, workload: Workload) -> dict[str, object]:
+    if workload.batches_alike(spec.calibration_steps):
+        spec = replace(spec, calibration_steps=min(spec.calibration_steps, CALIBRATION_STEPS))
+    mode = FakeTensorMode()
+    model = lay_fakes(workload.skeleton(), mode)
+    answers = Answers(model, workload.gradient_rows())
+    tag = register_module_forward_hook(answers.tag)
+    try:
+        with mode, answers, not_traced():
+            done = track(spec, workload, Tracker(fake=True), lambda: model)
+            return {**done.facts(), **done.peaks()}
+    finally:
+        tag.remove()
+
+
+class Answers(KnownValues):
+    """Known values, and which lines of dL/dY hold a non-zero.
+
+    Args:
+        model: the model that the method adapts.
+        rows: the workload's `gradient_rows`.
+    """
+
+    def __init__(self, model: nn.Module, rows: Mapping[str, int | None]):
+        super().__init__()
+        self._model, self._rows = model, rows
+        # Weak: a layer that a method replaces must not outlive its place.
+        self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def tag(self, module: nn.Module, _: object, output: Tensor) -> None:
+        """A forward hook: the backward function of an adapted layer learns the layer's name."""
+        if not isinstance(module, AdaptedLinear) or output.grad_fn is None:
+            return
+        if module not in self._names:
+            self._names.update({layer: name for name, layer in self._model.named_modules()})
+        node = output.grad_fn
+        while node is not None and not isinstance(node, BackwardCFunction):
+            node = node.next_functions[0][0]
+        if node is not None:
+            node.metadata["layer"] = self._names[module]
+
+    def done(self, func, args, result):
+        """A count of non-zeros remembers what it counts."""
+        if func is torch.ops.aten.linalg_vector_norm.default and args[1] == 0:
+            result.counted = (tuple(args[0].shape), tuple(args[2]))
+
+    def shape_unknown(self, func, args, kwargs):
+        """The indices of the lines that hold a non-zero, for counts of non-zeros in a layer's backward."""
+        counted = getattr(args[0], "counted", None)
+        node = torch._C._current_autograd_node()
+        layer = node.metadata.get("layer") if node is not None else None
+        if func is not torch.ops.aten.nonzero.default or counted is None or layer is None:
+            return super().shape_unknown(func, args, kwargs)
+        shape, dims = counted
+        rows = self._live_rows(layer, shape[0])
+        if dims == (1,):
+            return torch.empty((rows, 1), dtype=torch.int64)
+        self._check_columns(layer, shape[1], rows)
+        return torch.empty((shape[1], 1), dtype=torch.int64)
+
+    def _live_rows(self, layer: str, rows: int) -> int:
+        live = next((n for pattern, n in self._rows.items() if re.search(pattern, layer)), None)
+        if live is not None and 0 < live <= rows:
+            return live
+        raise Unknown(f"it is not known which rows of dL/dY are zero in {layer!r}, and they are skipped")
+
+    def _check_columns(self, layer: str, columns: int, rows: int) -> None:
+        """Refuse where an element of each row may well be zero in the same column."""
+        # A change of basis fills every column.
+        if isinstance(self._model.get_submodule(layer), SparseGradLinear):
+            return
+        dropout = max((m.p for m in self._model.modules() if isinstance(m, nn.Dropout)), default=0.0)
+        if columns * dropout**rows > EMPTY_COLUMNS:
+            raise Unknown(
+                f"dropout of {dropout:g} may empty whole columns of dL/dY in {layer!r}, where {rows} rows reach the "
+                "loss, and they are skipped; predict a larger batch"
+            )
