@@ -10,7 +10,6 @@ from baselines.full import Full
 from baselines.registry import methods
 from benchmarks.harness import protocol
 from benchmarks.harness.memory import AllocatorTrace, Tracker, steady_collection
-from benchmarks.harness.pairing import measure
 from benchmarks.harness.plain import PlainPass
 from benchmarks.harness.protocol import (
     Diverged,
@@ -22,6 +21,7 @@ from benchmarks.harness.protocol import (
     untracked,
 )
 from benchmarks.harness.spec import RunSpec
+from benchmarks.harness.turns import measure_all
 from reports.record import BREAKDOWN, PEAKS
 from reports.timeline import Timeline
 
@@ -312,7 +312,10 @@ def test_bfloat16_runs_for_every_method():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("method", CORE)
 def test_cuda_run(method):
-    record = measure(spec(method, device="cuda", **{**BLOCK, "rounds": 2}), None)
+    records = []
+    a_spec = spec(method, device="cuda", **{**BLOCK, "rounds": 2})
+    measure_all([a_spec], None, lambda _, record, seconds: records.append(record))
+    (record,) = records
     assert record.status == "ok"
     assert record.device_semantics == "cuda"
     assert record.peak_step_bytes >= record.peak_requested_bytes > record.resident_bytes > 0
