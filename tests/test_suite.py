@@ -56,6 +56,9 @@ class FakeRun:
     def high_water_bytes(self):
         return 1
 
+    def half_width(self):
+        return None
+
     def pair(self, reference_first):
         if self.rounds:
             self.seconds.append(0.25 + len(self.seconds) / 8)

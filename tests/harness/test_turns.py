@@ -175,10 +175,3 @@ def test_an_interruption_ends_every_worker(workers):
     with pytest.raises(KeyboardInterrupt):
         measured()
     assert sum({"start": 1, "close": -1}.get(what, 0) for what, _ in log) == 0
-
-
-def test_real_workers_step_in_turns():
-    records = measured([replace(spec, rounds=3) for spec in ALL])
-    for record in records.values():
-        assert (record.status, record.pairing, record.timed_rounds) == ("ok", "rounds", 3)
-        assert record.step_time_ratio_low <= record.step_time_ratio <= record.step_time_ratio_high
