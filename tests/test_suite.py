@@ -186,7 +186,15 @@ def test_a_suite_in_which_nothing_ends_ok_still_has_its_json(tmp_path):
 
 def interrupted(bench, sent, while_running="head"):
     """Start the suite, send it a signal while a method runs, and wait for its end."""
-    process = subprocess.Popen(bench.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        bench.command(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = bench.folder / "ran.txt"
     for _ in range(600):
         if log.exists() and while_running in log.read_text():
