@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OK, USAGE = 0, 2
 # As benchmarks/harness/predict.py has them; that file imports torch.
-PREDICTED_DEVICES = ("cpu",)
+PREDICTED_DEVICES = ("cuda", "cpu")
 
 RUN_EXAMPLES = """examples:
   sparsegrad-bench run --model minilm-l6 --methods full,lora[7],sparsegrad --equal-trainable lora[7] --json -
@@ -78,8 +78,13 @@ def _shared_options() -> argparse.ArgumentParser:
     shared.add_argument("--adapter-dtype", choices=("same", "float32"), default="same")
     shared.add_argument("--batch", type=int, default=16)
     shared.add_argument("--seq", type=int, default=128)
-    shared.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float64")
-    shared.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
+    shared.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16 or float64")
+    shared.add_argument(
+        "--attention",
+        choices=("eager", "sdpa", "sdpa-efficient", "sdpa-flash"),
+        default="sdpa",
+        help="sdpa (default): the kernel that torch picks; behind a hyphen, one of CUDA's that it is held to",
+    )
     shared.add_argument(
         "--optimizer-impl", choices=("for-loop", "foreach", "fused"), default=None, help="default: torch's own"
     )
@@ -140,7 +145,13 @@ def _add_predict(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     predict.add_argument(
-        "--device", choices=PREDICTED_DEVICES, default="cpu", help="whose memory behaviour to predict: cpu alone so far"
+        "--device", choices=PREDICTED_DEVICES, default="cuda", help="whose memory behaviour to predict (default: cuda)"
+    )
+    predict.add_argument(
+        "--gpu", metavar="NAME|X.Y", help="the card, by name (t4, a100, rtx-4090, ...) or compute capability (9.0)"
+    )
+    predict.add_argument(
+        "--gpu-memory", type=_memory, metavar="24GiB", help="say for each method whether it fits in so much"
     )
     predict.set_defaults(handler=_predict)
 
@@ -163,6 +174,13 @@ def _shape(text: str) -> tuple[int, int]:
     if not match or not all(int(n) for n in match.groups()):
         raise argparse.ArgumentTypeError(f"write a shape as D_INxD_OUT, for example 768x3072, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def _memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|MiB)", text)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"write a size in GiB or MiB, for example 24GiB, got {text!r}")
+    return int(float(match[1]) * 2 ** (30 if match[2] == "GiB" else 20))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -265,7 +283,7 @@ def run_specs(arguments: argparse.Namespace) -> list:
 
 def predict_specs(arguments: argparse.Namespace) -> list:
     """The predictions that a command line asks for, checked as far as no model is needed. Raises for bad input."""
-    return _specs(arguments, device=arguments.device, rounds=0)
+    return _specs(arguments, device=arguments.device, rounds=0, gpu_memory_bytes=arguments.gpu_memory)
 
 
 def _specs(arguments: argparse.Namespace, device: str, **fixed: object) -> list:
@@ -295,6 +313,9 @@ def _outcome(record: Record) -> str:
     step = "" if record.step_time_s is None else f", {record.step_time_s * 1e3:.0f} ms a step"
     if record.step_time_ratio is not None:
         step += f", {record.step_time_ratio:.2f} of full fine-tuning's"
+    if record.fits is not None:
+        room = f"{record.gpu_memory_bytes / 2**30:g} GiB"
+        step += f", fits in {room}" if record.fits else f", does NOT fit in {room} ({record.oom_phase})"
     return f"ok, peak {record.peak_step_bytes / 2**20:.1f} MiB{step}"
 
 

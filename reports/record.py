@@ -89,6 +89,10 @@ class Record:
     lr: float | None = _f("learning rate of every optimizer")
     seed: int = _f("seed of weights that are new, of data and of dropout", 0)
     device: str = _f("device that ran the step", "cpu")
+    gpu: str | None = _f("predictions for CUDA: the card whose kernels are meant, by name or compute capability")
+    attention_kernel: str | None = _f(
+        "predictions for CUDA: what computes sdpa: flash, cudnn, efficient or math; several where layers differ"
+    )
     device_semantics: str = _f("whose kernels' memory behaviour the figures describe: cpu or cuda", "cpu")
     source: str = _f("measured or predicted", "measured")
     status: str = _f("ok, oom, killed, crashed, timeout, diverged or refused", "ok")
@@ -111,6 +115,9 @@ class Record:
     )
     peak_requested_bytes: int | None = _f("CUDA: most bytes requested, before the allocator's rounding")
     peak_reserved_bytes: int | None = _f("CUDA: most bytes the caching allocator held")
+    gpu_memory_bytes: int | None = _f("predictions for CUDA: the card's memory that `fits` asks about")
+    fits: bool | None = _f("predictions for CUDA: whether preparation and training fit in gpu_memory_bytes")
+    oom_phase: str | None = _f("where they do not fit: the phase that runs out of memory first")
     nvml_process_bytes: int | None = _f("CUDA: what the driver charges the process")
     parameter_bytes: int | None = _f("at the instant of peak_step_bytes: parameters and buffers, frozen ones too")
     basis_bytes: int | None = _f("at that instant: transition matrices and the like")

@@ -280,15 +280,18 @@ class Replay:
         self.allocator = allocator
         self._live: dict[int, Block] = {}  # storage -> its block; a storage of zero bytes has none
 
-    def feed(self, events: Iterable[tuple[int, int, str]]) -> None:
-        """Go on with these events, each (storage, change in bytes, phase).
+    def feed(self, events: Iterable[tuple[int, int, str]]) -> list[int]:
+        """Go on with these events, each (storage, change in bytes, phase); the change in allocated bytes of each.
 
         Raises OutOfMemory, and ValueError for a log in which a storage loses more bytes than it has.
         """
         allocate, free, live = self.allocator.allocate, self.allocator.free, self._live
+        changes = []
         for storage, change, phase in events:
             if change == 0:
+                changes.append(0)
                 continue
+            before = self.allocator.allocated_bytes
             old = live.get(storage)
             size = change if old is None else old.requested_bytes + change
             if size < 0:
@@ -303,6 +306,8 @@ class Replay:
                 del live[storage]
             else:
                 live[storage] = new
+            changes.append(self.allocator.allocated_bytes - before)
+        return changes
 
 
 def peaks_between(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +33,10 @@ from torch.utils._pytree import tree_leaves
 
 # In the order of precedence: a storage that is several things counts as the first of them.
 CATEGORIES = ("basis", "optimizer", "parameter", "gradient", "activation", "temporary")
+
+
+# Runs an operation as the kernels of a device would: (operation, arguments, keyword arguments, what notes a storage).
+Kernels = Callable[[Callable, Sequence, dict, Callable[[object], None]], object]
 
 
 class Event(NamedTuple):
@@ -141,10 +145,11 @@ class Tracker(TorchDispatchMode):
     >>> tracker.peak(0).bytes
     """
 
-    def __init__(self, device_type: str = "cpu", fake: bool = False):
+    def __init__(self, device_type: str = "cpu", fake: bool = False, kernels: Kernels | None = None):
         super().__init__()
         self.device_type = device_type
         self.fake = fake
+        self.kernels = kernels
         self.events: list[Event] = []
         self.live_bytes = 0
         self._phase = "idle"
@@ -164,11 +169,17 @@ class Tracker(TorchDispatchMode):
             self._see(tensor)
         if func is torch.ops.aten.clone.default and args[0].layout == torch.sparse_coo and _called_by_autograd():
             result = _taken_over(args[0])
-        else:
+        elif self.kernels is None:
             result = func(*args, **kwargs)
-        for tensor in tensors_of(result):
-            self._see(tensor)
+        else:
+            result = self.kernels(func, args, kwargs, self.see)
+        self.see(result)
         return result
+
+    def see(self, thing: object) -> None:
+        """Log the storages of an operation's results, or of what its kernel makes."""
+        for tensor in tensors_of(thing):
+            self._see(tensor)
 
     def adopt(self, *things: object) -> None:
         """Log storages of modules, optimizers or containers that were made outside dispatch; known ones stay known."""
@@ -187,7 +198,8 @@ class Tracker(TorchDispatchMode):
             address = storage._cdata
             known = self._live.get(address)
             if known is None:
-                self._born(storage, address)
+                if not getattr(storage, "on_host", False):
+                    self._born(storage, address)
             elif self._size[known[0]] != storage.nbytes():
                 # resize_ and out= change a storage in place.
                 self._log(known[0], storage.nbytes() - self._size[known[0]])
@@ -250,10 +262,19 @@ class Tracker(TorchDispatchMode):
         """Where the log ends now; spans of the log are given by such positions."""
         return len(self.events)
 
+    def serials(self, thing: object) -> set[int]:
+        """The log's numbers of the storages of a thing, as far as they are known and live."""
+        addresses = {s._cdata for tensor in tensors_in(thing) for s in storages(tensor)}
+        return {self._live[address][0] for address in addresses if address in self._live}
+
     def live(self, *excluded: object) -> int:
         """Bytes live now, without the storages of the excluded things."""
-        without = {s._cdata: s.nbytes() for thing in excluded for t in tensors_in(thing) for s in storages(t)}
-        return self.live_bytes - sum(n for address, n in without.items() if address in self._live)
+        without = {serial for thing in excluded for serial in self.serials(thing)}
+        return self.live_bytes - sum(self._size[serial] for serial in without)
+
+    def live_at(self, position: int, without: Container[int] = ()) -> int:
+        """Bytes live at a position of the log, without those of the numbered storages."""
+        return sum(event.change for event in self.events[:position] if event.storage not in without)
 
     def peak(self, start: int, end: int | None = None) -> Peak:
         """The most bytes live from position `start`, what was live there included, to position `end`.

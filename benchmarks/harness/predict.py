@@ -28,7 +28,8 @@ Where all batches look alike, a method's calibration is run for two steps: every
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -45,18 +46,23 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_hook
 
 from baselines.method import MethodError
+from benchmarks.harness import cards
+from benchmarks.harness.caching_allocator import CachingAllocator, OutOfMemory, Replay
+from benchmarks.harness.cuda_kernels import CudaKernels, Unmodelled
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.fake import KnownValues, lay_fakes, not_traced
-from benchmarks.harness.memory import Tracker
-from benchmarks.harness.protocol import track
+from benchmarks.harness.memory import Event, Tracker
+from benchmarks.harness.protocol import TrackedPass, track
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.workload import Workload
 from reports.record import Record
 from sparsegrad import SparseGradError, SparseGradLinear
 from sparsegrad.adapted import AdaptedLinear
 
-SEMANTICS = ("cpu",)
+SEMANTICS = ("cuda", "cpu")
+# Of a card's memory, what the CUDA context and the loaded kernels are taken to need: not torch's, and not modelled.
+CONTEXT_BYTES = 512 * 2**20
 
 # From the second calibration step on each finds what the one before it left.
 CALIBRATION_STEPS = 2
@@ -75,10 +81,16 @@ def predict(spec: RunSpec) -> Record:
     """
     if spec.device not in SEMANTICS:
         raise InputError(f"the semantics of a prediction must be one of {', '.join(SEMANTICS)}, got {spec.device!r}")
-    workload = spec.workload()
+    if spec.device == "cuda":
+        spec = replace(spec, gpu=spec.gpu or cards.DEFAULT)
+        cards.card(spec.gpu)
+    elif spec.gpu is not None or spec.gpu_memory_bytes is not None:
+        raise InputError("--gpu and --gpu-memory go with the semantics of cuda, not with --device cpu")
+    # Fake tensors are the CPU's: it has the kernels that torch needs to know what an operation returns.
+    workload = spec.workload(device="cpu")
     try:
         outcome = _predicted(spec, workload)
-    except (MethodError, SparseGradError, InputError, Unknown) as error:
+    except (MethodError, SparseGradError, InputError, Unknown, Unmodelled) as error:
         outcome = {"status": "refused", "reason": str(error)}
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         outcome = {"status": "refused", "reason": f"what {error.func} returns depends on values that are not known"}
@@ -95,13 +107,48 @@ def _predicted(spec: RunSpec, workload: Workload) -> dict[str, object]:
     mode = FakeTensorMode()
     model = lay_fakes(workload.skeleton(), mode)
     answers = Answers(model, workload.gradient_rows())
+    cuda = CudaKernels(cards.card(spec.gpu)) if spec.device == "cuda" else None
     tag = register_module_forward_hook(answers.tag)
     try:
-        with mode, answers, not_traced():
-            done = track(spec, workload, Tracker(fake=True), lambda: model)
-            return {**done.facts(), **done.peaks()}
+        with mode, answers, not_traced(), nullcontext() if cuda is None else cuda.functions():
+            done = track(spec, workload, Tracker(fake=True, kernels=cuda), lambda: model)
+            if cuda is None:
+                return {**done.facts(), **done.peaks()}
+            return {**_on_card(done, spec.gpu_memory_bytes), "attention_kernel": cuda.attention_kernel}
     finally:
         tag.remove()
+
+
+def _on_card(done: TrackedPass, memory_bytes: int | None) -> dict[str, object]:
+    """What the caching allocator makes of the requests in the log, and whether a card of `memory_bytes` has them."""
+    log, steps = done.tracker.events, done.steps
+    allocator = CachingAllocator()
+    replay = Replay(allocator)
+    changes = replay.feed(log[: steps.start])
+    # As the measured run does it: what earlier passes left in the cache is not this step's.
+    allocator.empty_cache()
+    allocator.reset_peaks()
+    changes += replay.feed(log[steps.start : steps.end])
+    most = allocator.peak
+    changes += replay.feed(log[steps.end :])
+    # From here on the log is one of allocated bytes: whole blocks.
+    done.tracker.events = [event._replace(change=change) for event, change in zip(log, changes, strict=True)]
+    return {
+        **done.facts(),
+        **done.peaks(),
+        "peak_requested_bytes": most.requested_bytes,
+        "peak_reserved_bytes": most.reserved_bytes,
+        **({} if memory_bytes is None else _fits(log, memory_bytes)),
+    }
+
+
+def _fits(log: Sequence[Event], memory_bytes: int) -> dict[str, object]:
+    """Whether the whole run, preparation included, finds room; where it does not, the phase that fails."""
+    try:
+        Replay(CachingAllocator(max(0, memory_bytes - CONTEXT_BYTES))).feed(log)
+    except OutOfMemory as error:
+        return {"fits": False, "oom_phase": error.phase}
+    return {"fits": True}
 
 
 class Answers(KnownValues):

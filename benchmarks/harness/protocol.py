@@ -113,7 +113,7 @@ class TrackedPass:
     spans: dict[str, list[Span]]  # phase -> where it was in the log, step by step
     steps: Span  # the steps of one period
     evaluation: Span
-    resident: int  # bytes
+    own_batch: set[int]  # the batch's storages, which are not part of what stays
 
     def facts(self) -> dict[str, object]:
         """The fields of a record that are not peaks: counts, losses, the timeline."""
@@ -134,7 +134,7 @@ class TrackedPass:
         return {
             **{f"peak_{name}_bytes": value for name, value in peak.items()},
             **breakdown(step),
-            "resident_bytes": self.resident,
+            "resident_bytes": self.tracker.live_at(self.steps.end, without=self.own_batch),
             "peak_step_bytes": step.bytes,
             # No birth in a step: it starts with its peak.
             "peak_phase": step.phase or "forward",
@@ -187,9 +187,9 @@ def track(
         with tracker.phase("idle") as steps:
             for _ in range(method.period):
                 losses.append(_tracked_step(state, batch, tracker, spans, updated))
-        resident = tracker.live(batch)
+        own_batch = tracker.serials(batch)
         evaluation = _tracked_evaluation(state, batch, tracker)
-    return TrackedPass(state, batch, tracker, counts, losses, updated, preparation, spans, steps, evaluation, resident)
+    return TrackedPass(state, batch, tracker, counts, losses, updated, preparation, spans, steps, evaluation, own_batch)
 
 
 def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:

@@ -35,6 +35,8 @@ class RunSpec:
     lr: float = 1e-4
     seed: int = 0
     device: str = "cpu"
+    gpu: str | None = None  # predictions for CUDA: one of cards.py
+    gpu_memory_bytes: int | None = None  # predictions for CUDA: the card's memory
     threads: int | None = None
     calibration_steps: int = 30
     rounds: int = 15
@@ -49,12 +51,15 @@ class RunSpec:
         """From JSON: lists become tuples again."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
-    def workload(self) -> Workload:
-        """The workload that the spec names. Raises `InputError`."""
+    def workload(self, device: str | None = None) -> Workload:
+        """The workload that the spec names, on the spec's device if no other is given. Raises `InputError`."""
         named = [what for what in ("model", "layer", "block") if getattr(self, what) is not None]
         if len(named) != 1:
             raise InputError(f"give exactly one of --model, --layer and --block, got {', '.join(named) or 'none'}")
-        common = {name: getattr(self, name) for name in ("batch", "seq", "dtype", "device", "seed", "targets")}
+        if self.device == "cpu" and "-" in self.attention:
+            raise InputError(f"{self.attention} is a kernel of CUDA's: use --attention eager or sdpa on a CPU")
+        common = {name: getattr(self, name) for name in ("batch", "seq", "dtype", "seed", "targets")}
+        common["device"] = device or self.device
         if self.model is None:
             if self.data is not None or self.checkpointing:
                 raise InputError("--data and --checkpointing go with --model, not with --layer or --block")

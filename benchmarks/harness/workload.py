@@ -22,7 +22,12 @@ from benchmarks.harness import models, text
 from benchmarks.harness.errors import InputError
 from sparsegrad.mlp import FAMILIES, find_layers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 # Activations whose derivative is zero at single points only: with others a whole column of dL/dY can be zero.
 SMOOTH_ACTIVATIONS = (
@@ -341,14 +346,17 @@ class ModelWorkload(Workload):
 
     def forward(self, model, batch):
         """Outputs, loss included."""
-        return Pass(model(**batch))
+        with models.attention_kernel(self.attention):
+            return Pass(model(**batch))
 
     def backward(self, result):
         """From the loss."""
         loss = result.held.loss
         # Not where nothing trains: a method may find nothing of its own in a model.
         if loss.requires_grad:
-            loss.backward()
+            # Checkpointing runs forward again.
+            with models.attention_kernel(self.attention):
+                loss.backward()
         # A prediction's loss is fake: it has no value.
         return None if isinstance(loss, FakeTensor) else float(loss.detach())
 
