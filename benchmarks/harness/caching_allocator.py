@@ -21,9 +21,10 @@ What is NOT modelled: several streams (`record_stream` delays a free), expandabl
 (CUDA graphs, `MemPool`), the `cudaMallocAsync` backend, memory that does not come from this allocator (the CUDA
 context, cuBLAS's own handles, NCCL), and fragmentation inside the driver. The driver also chooses the addresses of
 segments, which decide between free blocks of equal size. Here each new segment lies below those before it. That is one
-choice of two, and it was made with five of the T4's measured rows (`measured.py`) in view, where it fits better: their
-reserved bytes confirm it no longer. With `ascending=True` it lies above them, which shows how much hangs on the order:
-nothing of the requested bytes, little of the allocated, up to 7 % of the reserved ones.
+choice of two, and it was made with the five eager ones of the T4's measured rows (`measured.py`) in view, where it fits
+better; of the five others, predicted afterwards, it gives four to the byte and one 0.3 % too high. With
+`ascending=True` it lies above them, which shows how much hangs on the order: nothing of the requested bytes, nothing
+of the allocated ones in the ten rows, up to 9 % of the reserved ones.
 
 Source: c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h of PyTorch. The sizes below are those of the
 header that torch 2.13 installs, which also has expandable segments, rounding to powers of two, a largest size to split

@@ -1,8 +1,45 @@
-"""What CUDA's kernels allocate otherwise than the CPU's, cause by cause, for fake CPU tensors."""
+"""What PyTorch allocates on a CUDA card otherwise than on the CPU, cause by cause, for a prediction's fake tensors.
+
+Fake tensors are the CPU's, so each operation returns what its CPU kernel would. What differs on CUDA is put here, from
+the sources of PyTorch 2.13 and its neighbours; nothing is fitted to a measurement.
+
+Above autograd, where other operations run, and so other tensors are saved for backward:
+ - Dropout saves a mask of one byte an entry (`native_dropout`); the CPU's keeps a float tensor.
+ - A softmax or log-softmax that reads half and is asked for float32 makes no float32 copy of its input (not so
+   for bfloat16, which both convert first).
+ - Scaled dot-product attention: the kernels of attention.py, which save their output and its log-sum-exp instead of
+   scores.
+
+Inside kernels, what is allocated and freed before they return:
+ - Softmax backward holds `grad * output`, as large as its output. Log-softmax has no such temporary.
+ - Flash's backward: the gradient of Q accumulated in float32, (B, L to a multiple of 128, H, D to one of 32), two
+   float32 numbers a query and head; for grouped K and V their gradients for every head of Q before they are summed.
+ - The efficient kernel's backward: one float32 number a query and head, which in float32 it takes from a product as
+   large as the output; and the gradient of Q accumulated in float32 in tiles of its own.
+ - The gradient of an embedding of more than 3072 tokens: the tokens sorted (four int64 each), and float32 partial sums
+   of up to (tokens / 10 + the smaller of tokens and rows) rows.
+ - `coalesce` of a COO tensor: flat indices, their sorted order, and the sort's own room (five int64 an entry).
+
+And beside the operations:
+ - Layer normalisation keeps its means and deviations in float32, also of half and bfloat16.
+ - cuBLAS has a workspace for each thread that multiplies matrices, kept for good: forward's and, from the first
+   backward on, autograd's. 8,519,680 bytes each (4096 KiB twice and 16 KiB eight times); 33,554,432 on compute
+   capabilities 9, 10 and 12. CUBLAS_WORKSPACE_CONFIG and PyTorch 2.15, which is to free them after each product, are not modelled.
+ - AdamW's step counters and other tensors made of Python numbers stay on the host; so do the efficient kernel's seeds.
+   Fused AdamW's counters are on the card.
+ - Optimizer implementations run as they are, temporaries included: on CUDA torch takes foreach where nothing is named.
+
+What is NOT modelled: the workspaces of cuDNN's attention (which torch does not know before it runs), of cuSOLVER and
+cuSPARSE (the decomposition in SparseGrad's preparation); flash's buffers for splitting K at small B x H x L; the
+efficient kernel's accumulators for K and V where a card's shared memory is too small for head sizes above 64; partial
+sums of reductions and of layer normalisation over more than 65536 rows; the room of sorts, top-k and scans; copies that
+a matrix product makes of inputs with unusual strides; convolutions. Of these only the first three reach megabytes in
+the methods and models here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,17 +47,87 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from benchmarks.harness.attention import HALVES, NoKernel, attend, choose
 from benchmarks.harness.cards import Card
 
 aten = torch.ops.aten
 See = Callable[[object], None]
+
+# The kernel that gives the gradient of an embedding sorts its tokens where there are more than this.
+UNSORTED_TOKENS = 3072
+
+
+class Unmodelled(ValueError):
+    """An operation of which it is not known what it allocates on a card."""
+
+
+class CudaKernels:
+    """CUDA's kernels for a tracker of fake tensors (`memory.Kernels`), and the functions above autograd.
+
+    >>> kernels = CudaKernels(card("t4"))
+    >>> with FakeTensorMode(), kernels.functions(), Tracker(fake=True, kernels=kernels):
+    ...     loss = model(x)
+    """
+
+    def __init__(self, card: Card):
+        self._card = card
+        self._workspaces: dict[bool, Tensor] = {}  # whether in backward, whose thread is another -> workspace
+        self._attention: list[str] = []
+
+    @property
+    def attention_kernel(self) -> str | None:
+        """The attention kernels that were picked, in the order in which they first were; None without attention."""
+        return ", ".join(self._attention) or None
+
+    @contextmanager
+    def functions(self) -> Iterator[None]:
+        """Functions that are made of other operations on CUDA, in place of the CPU's while the context lasts."""
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            for name, function in (
+                ("dropout", _dropout),
+                ("softmax.int", partial(_softmax, aten._softmax)),
+                ("log_softmax.int", partial(_softmax, aten._log_softmax)),
+                ("scaled_dot_product_attention", self._attend),
+            ):
+                library.impl(name, function, "AutogradCPU")
+            yield
+
+    def __call__(self, func: Callable, args: tuple, kwargs: dict, see: See) -> object:
+        """Run an operation; `see` is told of what its kernel allocates besides its result."""
+        if func in MATRIX_PRODUCTS:
+            self._take_workspace(see)
+        kernel = _KERNELS.get(func)
+        return func(*args, **kwargs) if kernel is None else kernel(func, args, kwargs, see)
+
+    def _take_workspace(self, see: See) -> None:
+        in_backward = torch._C._current_autograd_node() is not None
+        if in_backward not in self._workspaces:
+            self._workspaces[in_backward] = torch.empty(workspace_bytes(self._card), dtype=torch.uint8)
+            see(self._workspaces[in_backward])
+
+    def _attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+        try:
+            kernel = choose(self._card, q, k, v, attn_mask, dropout_p, is_causal, enable_gqa)
+        except NoKernel as error:
+            raise Unmodelled(str(error)) from None
+        if kernel not in self._attention:
+            self._attention.append(kernel)
+        return attend(kernel, q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def workspace_bytes(card: Card) -> int:
+    """What cuBLAS's workspace takes for each thread that multiplies matrices."""
+    return 32 * 2**20 if card.capability[0] in (9, 10, 12) else (2 * 4096 + 8 * 16) * 2**10
+
+
+# --- above autograd
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
     if not train or not p or not input.numel():
         return input
     if p == 1:
-        return input * input.new_zeros(())
+        return input * torch.zeros_like(input)
     return torch.native_dropout(input, p, True)[0]
 
 
@@ -30,63 +137,92 @@ def _softmax(kernel, input: Tensor, dim: int, dtype: torch.dtype | None = None) 
     return kernel(input if dtype is None else input.to(dtype), dim, False)
 
 
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale
-    )
-    return out
+# --- inside kernels: each takes an operation, its arguments, and what is to be told of its temporaries
 
 
-class Unmodelled(ValueError):
-    """An operation that a CUDA card would not run in this way."""
-
-
-class CudaKernels:
-    def __init__(self, card: Card):
-        self._card = card
-        self._workspaces: dict[bool, Tensor] = {}
-        self._attention_kernels: list[str] = []
-
-    @contextmanager
-    def functions(self):
-        """Functions above autograd that are made of other operations on CUDA than on the CPU."""
-        with torch.library._scoped_library("aten", "IMPL") as library:
-            library.impl("dropout", _dropout, "AutogradCPU")
-            library.impl("softmax.int", partial(_softmax, aten._softmax), "AutogradCPU")
-            library.impl("log_softmax.int", partial(_softmax, aten._log_softmax), "AutogradCPU")
-            library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
-            yield
-
-    @property
-    def attention_kernel(self) -> str | None:
-        return ", ".join(self._attention_kernels) or None
-
-    def __call__(self, func, args, kwargs, see: See) -> object:
-        if func in MATRIX_PRODUCTS:
-            in_backward = torch._C._current_autograd_node() is not None
-            if in_backward not in self._workspaces:
-                self._workspaces[in_backward] = torch.empty(8_519_680, dtype=torch.uint8)
-                see(self._workspaces[in_backward])
-        kernel = _KERNELS.get(func)
-        return func(*args, **kwargs) if kernel is None else kernel(func, args, kwargs, see)
-
-
-def _on_host(func, args, kwargs, see):
-    result = func(*args, **kwargs)
-    if isinstance(result, FakeTensor):
-        result.untyped_storage().on_host = True
-    return result
-
-
-def _softmax_backward(func, args, kwargs, see):
+def _with_temporaries(sizes: Callable[..., list[int]], func, args, kwargs, see: See) -> object:
+    """Run; then, the results allocated, hold temporaries of so many bytes for a moment."""
     result = func(*args, **kwargs)
     see(result)
-    see(torch.empty_like(args[0]))
+    held = [torch.empty(size, dtype=torch.uint8) for size in sizes(*args)]
+    see(held)
     return result
 
 
-MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+def _of_softmax_backward(grad: Tensor, output: Tensor, *_) -> list[int]:
+    return [grad.numel() * grad.itemsize]
+
+
+def _of_embedding_backward(grad: Tensor, indices: Tensor, rows: int, *_) -> list[int]:
+    tokens = indices.numel()
+    if tokens <= UNSORTED_TOKENS:
+        return []
+    segments = tokens // 10 + min(tokens, rows)
+    return [*[8 * tokens] * 4, 4 * segments * grad.shape[-1]]
+
+
+def _of_coalesce(coo: Tensor, *_) -> list[int]:
+    return [8 * coo._nnz()] * 3 + [16 * coo._nnz()]
+
+
+def _of_flash_backward(grad: Tensor, q: Tensor, k: Tensor, *_) -> list[int]:
+    batch, heads, queries, head = q.shape
+    rounded = -(-queries // 128) * 128
+    width = -(-head // 32) * 32 if head <= 128 else -(-head // 64) * 64
+    sizes = [4 * batch * heads * rounded, 4 * batch * heads * rounded * width]
+    if k.shape[1] != heads:
+        sizes += [batch * k.shape[2] * heads * head * k.itemsize] * 2
+    return sizes
+
+
+def _of_efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> list[int]:
+    batch, heads, queries, head = q.shape
+    rows, columns = (64, 64) if head <= 64 else (128, 64)
+    tiles = -(-queries // rows) * -(-head // columns)
+    sizes = [4 * batch * heads * queries, 4 * batch * heads * tiles * (4 + rows * columns)]
+    if q.dtype == torch.float32:
+        sizes.append(4 * batch * heads * queries * v.shape[-1])
+    return sizes
+
+
+def _layer_norm(func, args, kwargs, see: See) -> object:
+    out, *statistics = func(*args, **kwargs)
+    if out.dtype in HALVES:
+        statistics = [torch.empty_like(each, dtype=torch.float32) for each in statistics]
+    return out, *statistics
+
+
+def _on_host(results: slice, func, args, kwargs, see: See) -> object:
+    """Run; those of the results are not on the card."""
+    result = func(*args, **kwargs)
+    for tensor in (result if isinstance(result, tuple) else (result,))[results]:
+        if isinstance(tensor, FakeTensor):
+            tensor.untyped_storage().on_host = True
+    return result
+
+
+MATRIX_PRODUCTS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.addmm_.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.baddbmm_.default,
+}
+
+
+def _cpu_alone(func, args, kwargs, see: See) -> object:
+    raise Unmodelled(f"{func} is the CPU's; no card would run it")
+
+
 _KERNELS = {
-    aten.lift_fresh.default: _on_host,
-    aten._softmax_backward_data.default: _softmax_backward,
+    aten._softmax_backward_data.default: partial(_with_temporaries, _of_softmax_backward),
+    aten.embedding_dense_backward.default: partial(_with_temporaries, _of_embedding_backward),
+    aten._coalesce.default: partial(_with_temporaries, _of_coalesce),
+    aten._scaled_dot_product_flash_attention_backward.default: partial(_with_temporaries, _of_flash_backward),
+    aten._scaled_dot_product_efficient_attention_backward.default: partial(_with_temporaries, _of_efficient_backward),
+    aten.native_layer_norm.default: _layer_norm,
+    aten.lift_fresh.default: partial(_on_host, slice(None)),
+    aten._scaled_dot_product_efficient_attention.default: partial(_on_host, slice(2, None)),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_alone,
 }

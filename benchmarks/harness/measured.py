@@ -35,6 +35,11 @@ class MeasuredStep:
     peak_optimizer_mib: float
     peak_reserved_mib: float
 
+    @property
+    def label(self) -> str:
+        """Model, batch x seq and attention, for people."""
+        return f"{self.model.split('/')[-1]}, {self.batch} x {self.seq}, {self.attention}"
+
 
 _PARSE = {str: str, int: int, float: float, bool: {"True": True, "False": False}.__getitem__}
 

@@ -322,8 +322,12 @@ def attention_kernel(attention: str) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(kernel))
         if kernel == SDPBackend.EFFICIENT_ATTENTION:
             # It cannot take grouped K and V: transformers repeats them to all heads.
-            stack.enter_context(mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False))
+            stack.enter_context(mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", _no))
         yield
+
+
+def _no(*_: object) -> bool:
+    return False
 
 
 @contextmanager

@@ -7,7 +7,13 @@ tracker sees the same storages born and die in the same order as in a run.
 What is modelled, with the CPU's semantics: every storage that an operation returns, as its CPU kernel does, until the
 last reference to it is gone. Each `_bytes` field of the tracker, each count and the timeline equal a run's to the byte.
 
-What is not: kernels' own workspaces and the process's high-water mark (`kernel_workspace_bytes`,
+With CUDA's semantics, the default: what its kernels do otherwise (cuda_kernels.py says what is modelled and what is
+not), on a card of the given compute capability. The log of requests then goes through a model of the caching allocator
+(caching_allocator.py), so that the `_bytes` fields are ALLOCATED bytes, as in a measured record, and
+`peak_requested_bytes` and `peak_reserved_bytes` stand beside them. Whether a card's memory suffices (`fits`) is found
+by the same allocator with a limit, preparation included, where `CONTEXT_BYTES` are left to the CUDA context.
+
+What is not: the CPU kernels' own workspaces and the process's high-water mark (`kernel_workspace_bytes`,
 `preparation_workspace_bytes`, `process_peak_bytes` are None), times and losses; a run that diverges.
 
 What depends on values, and how it is known:
@@ -22,7 +28,8 @@ What depends on values, and how it is known:
  - Checks that values are sound (finite gradients) pass.
  - Any other question about values ends the prediction: its status is `refused`, and the reason names it.
 
-Where all batches look alike, a method's calibration is run for two steps: every later one repeats the second.
+Where all batches look alike, a method's calibration is run for two steps, since every later one repeats the second; the
+step that counts is the second after the preparation, which every later one repeats too.
 """
 
 from __future__ import annotations
@@ -64,8 +71,10 @@ SEMANTICS = ("cuda", "cpu")
 # Of a card's memory, what the CUDA context and the loaded kernels are taken to need: not torch's, and not modelled.
 CONTEXT_BYTES = 512 * 2**20
 
-# From the second calibration step on each finds what the one before it left.
+# From the second step on each finds what the one before it left: a third of the preparation, or of the warm-up, would
+# repeat it.
 CALIBRATION_STEPS = 2
+WARM_UP_STEPS = 1
 # Refused where dropout is expected to empty more columns of a layer's dL/dY than this.
 EMPTY_COLUMNS = 1e-3
 
@@ -111,7 +120,8 @@ def _predicted(spec: RunSpec, workload: Workload) -> dict[str, object]:
     tag = register_module_forward_hook(answers.tag)
     try:
         with mode, answers, not_traced(), nullcontext() if cuda is None else cuda.functions():
-            done = track(spec, workload, Tracker(fake=True, kernels=cuda), lambda: model)
+            tracker = Tracker(fake=True, kernels=cuda)
+            done = track(spec, workload, tracker, lambda: model, warm_up_steps=WARM_UP_STEPS)
             if cuda is None:
                 return {**done.facts(), **done.peaks()}
             return {**_on_card(done, spec.gpu_memory_bytes), "attention_kernel": cuda.attention_kernel}

@@ -156,6 +156,7 @@ def track(
     tracker: Tracker,
     make_model: Callable[[], nn.Module] | None = None,
     witness: AbstractContextManager | None = None,
+    warm_up_steps: int = WARM_UP_STEPS,
 ) -> TrackedPass:
     """Prepare and step a new model under the tracker, as the measured and the predicted pass both do it.
 
@@ -165,6 +166,7 @@ def track(
         tracker: a new one.
         make_model: makes the unprepared model; the workload's `build` by default.
         witness: entered around the preparation, which nobody can repeat.
+        warm_up_steps: steps before the first that counts.
     """
     method, model, shapes = build(spec, workload, make_model)
     tracker.adopt(model)
@@ -177,7 +179,7 @@ def track(
     batch = next(workload.batches())
     tracker.mark("activation", batch)
     with tracker:
-        losses = [training_step(state, batch, tracker.phase) for _ in range(WARM_UP_STEPS)]
+        losses = [training_step(state, batch, tracker.phase) for _ in range(warm_up_steps)]
     _mark_what_stays(tracker, state)
 
     spans: dict[str, list[Span]] = {}

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -17,13 +18,14 @@ from benchmarks.harness.errors import InputError
 from benchmarks.harness.fake import KnownValues, lay_fakes, not_traced
 from benchmarks.harness.memory import Tracker
 from benchmarks.harness.packaged import locate
-from benchmarks.harness.predict import predict
+from benchmarks.harness.predict import CONTEXT_BYTES, predict
 from benchmarks.harness.protocol import track
 from benchmarks.harness.spec import RunSpec
 from reports.record import BREAKDOWN
 from sparsegrad import SparseGradError, StreamingHOSVD
 from sparsegrad.products import Selection
 
+MIB = 2**20
 CORE = list(methods())
 # Four in the small weights; a prime, so that nothing divides it.
 BUDGET = {name: (7 if cls.knob else None) for name, cls in methods().items()}
@@ -254,8 +256,125 @@ def test_a_decoder_of_one_token_has_no_row(model_path):
     assert predict(spec("sparsegrad", model=model_path("llama"), batch=2, seq=1)).status == "refused"
 
 
+# --- on a card
+
+
+def card_spec(method, **options):
+    return spec(method, **{"device": "cuda", "optimizer_impl": "foreach", **options})
+
+
+def test_a_layer_on_a_card_has_the_closed_form():
+    record = predict(card_spec("full", layer=(256, 512), batch=4, seq=32, gpu="a100"))
+    # Multiples of 512 bytes, small or from segments that are split: what is allocated is what was asked for.
+    weights, x, y, workspaces = 4 * (256 * 512 + 512), 4 * 128 * 256, 4 * 128 * 512, 2 * 8_519_680
+    resident = 3 * weights + workspaces  # AdamW's step counters are on the host
+    held = x + 2 * y  # X, Y, dL/dY
+    assert record.resident_bytes == resident
+    assert record.peak_forward_bytes == resident + held
+    assert record.peak_backward_bytes == resident + held + x + weights  # dL/dX and the gradients
+    assert record.peak_optimizer_bytes == resident + held + 2 * weights  # the gradients and foreach's square roots
+    assert record.peak_step_bytes == record.peak_requested_bytes == record.peak_optimizer_bytes
+    assert record.peak_reserved_bytes >= record.peak_step_bytes
+    assert record.peak_reserved_bytes % (2 * MIB) == 0
+
+
+def test_a_layer_on_a_card_is_allocated_in_whole_blocks():
+    record = predict(card_spec("lora", layer=(300, 700), batch=1, seq=3, gpu="t4"))
+
+    def block(*shape):
+        return -(-4 * math.prod(shape) // 512) * 512
+
+    own = block(7, 300) + block(700, 7)
+    resident = block(700, 300) + 3 * block(700) + 3 * own + 2 * 8_519_680
+    assert record.resident_bytes == resident
+    # X, Y, dL/dY and X A^T.
+    assert record.peak_forward_bytes == resident + block(3, 300) + 2 * block(3, 700) + block(3, 7)
+    assert record.peak_requested_bytes < record.peak_step_bytes
+
+
+CARD_CASES = {
+    "bert-padded": {"model": "bert", "text": True, "batch": 8, "seq": 24},
+    "bert-padded-eager-checkpointing": {
+        "model": "bert",
+        "text": True,
+        "batch": 8,
+        "seq": 24,
+        "attention": "eager",
+        "checkpointing": True,
+        "dtype": "float16",
+    },
+    "llama-grouped": {"model": "llama", "batch": 3, "seq": 10, "dtype": "bfloat16", "checkpointing": True},
+    "gpt2-none": {"model": "gpt2", "batch": 2, "seq": 12, "train_rest": "none", "gpu": "t4", "dtype": "float16"},
+}
+# A mask that flash cannot take; a head size of 12, which cudnn cannot.
+CARD_KERNELS = {"bert-padded": "efficient", "llama-grouped": "flash", "gpt2-none": "efficient"}
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *[("bert-padded", method) for method in CORE],
+        *[(case, method) for case in list(CARD_CASES)[1:] for method in ("lora", "sparsegrad")],
+    ],
+)
+def test_every_method_on_a_card(case, method, model_path):
+    options = dict(CARD_CASES[case])
+    path = model_path(options.pop("model"), options.pop("text", False))
+    record = predict(card_spec(method, model=path, **options))
+    assert (record.status, record.reason) == ("ok", None)
+    assert (record.source, record.device_semantics, record.device) == ("predicted", "cuda", "cuda")
+    assert record.attention_kernel == CARD_KERNELS.get(case)
+    assert record.gpu == options.get("gpu", "9.0")
+    assert sum(getattr(record, name) for name in BREAKDOWN) == record.peak_step_bytes
+    phases = (record.peak_forward_bytes, record.peak_backward_bytes, record.peak_optimizer_bytes)
+    assert record.resident_bytes < record.peak_step_bytes == max(phases) <= record.peak_reserved_bytes
+    assert record.peak_requested_bytes < record.peak_step_bytes
+    assert record.fits is record.gpu_memory_bytes is None
+
+
+def test_dropout_and_fused_attention_save_less_than_on_the_cpu(model_path):
+    options = {"model": model_path("bert"), "batch": 8, "seq": 64}
+    eager, fused = (predict(card_spec("full", attention=attention, **options)) for attention in ("eager", "sdpa"))
+    # Of each of two layers: the softmax and what dropout makes of it, in float, with a mask; log-sum-exps instead.
+    queries = 8 * 2 * 64
+    assert eager.peak_forward_bytes - fused.peak_forward_bytes == 2 * ((4 + 4 + 1) * 64 - 4) * queries
+    on_cpu = predict(replace(card_spec("full", attention="eager", **options), device="cpu"))
+    # A byte an entry where the CPU keeps four: two dropouts of scores, five of hidden states, one before the classifier.
+    entries = 2 * 64 * queries + 5 * 8 * 64 * 48 + 8 * 48
+    in_forward = [record.peak_forward_bytes - record.resident_bytes for record in (on_cpu, eager)]
+    assert in_forward[0] - in_forward[1] == pytest.approx(3 * entries, abs=512 * 64)  # whole blocks
+
+
+def test_a_run_fits_where_the_allocator_finds_room(model_path):
+    options = {"model": model_path("bert"), "batch": 8, "seq": 64}
+    record = predict(card_spec("full", **options))
+    roomy = predict(card_spec("full", gpu_memory_bytes=record.peak_reserved_bytes + CONTEXT_BYTES, **options))
+    assert (roomy.fits, roomy.oom_phase) == (True, None)
+    assert roomy.peak_step_bytes == record.peak_step_bytes
+    small = predict(card_spec("full", gpu_memory_bytes=record.peak_step_bytes + CONTEXT_BYTES - 1, **options))
+    assert (small.status, small.fits) == ("ok", False)
+    assert small.oom_phase in ("idle", "forward", "backward", "optimizer")
+    assert small.peak_step_bytes == record.peak_step_bytes
+    none = predict(card_spec("full", gpu_memory_bytes=1, **options))
+    assert (none.fits, none.oom_phase) == (False, "idle")
+
+
+def test_cards_that_cannot_be_meant(model_path):
+    options = {"model": model_path("llama"), "batch": 1, "seq": 8}
+    with pytest.raises(InputError, match="unknown card 'h1000'"):
+        predict(card_spec("full", gpu="h1000", **options))
+    with pytest.raises(InputError, match="--gpu and --gpu-memory go with the semantics of cuda"):
+        predict(spec("full", gpu="t4", **options))
+    with pytest.raises(InputError, match="sdpa-flash is a kernel of CUDA's"):
+        predict(spec("full", attention="sdpa-flash", **options))
+    record = predict(card_spec("full", attention="sdpa-flash", gpu="t4", dtype="float16", **options))
+    assert record.status == "refused"
+    assert "flash takes no compute capability 7.5" in record.reason
+    assert record.peak_step_bytes is None
+
+
 def test_an_unknown_device_is_bad_input():
-    with pytest.raises(InputError, match="must be one of cpu, got 'tpu'"):
+    with pytest.raises(InputError, match="must be one of cuda, cpu, got 'tpu'"):
         predict(replace(spec("full", **SHAPES["layer"]), device="tpu"))
 
 

@@ -1,0 +1,199 @@
+"""Each cause by which CUDA allocates otherwise than the CPU, in bytes that follow from shapes."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.harness.cards import card
+from benchmarks.harness.cuda_kernels import CudaKernels, Unmodelled, workspace_bytes
+from benchmarks.harness.memory import Tracker
+
+KIB, MIB = 2**10, 2**20
+
+
+class Run:
+    """Code on fake tensors of a card under a tracker that sees what was made before as live."""
+
+    def __init__(self, gpu="a100"):
+        self.kernels = CudaKernels(card(gpu))
+        self.tracker = Tracker(fake=True, kernels=self.kernels)
+
+    def __enter__(self):
+        self._contexts = [FakeTensorMode(), self.kernels.functions()]
+        for context in self._contexts:
+            context.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        for context in reversed(self._contexts):
+            context.__exit__(*exception)
+
+    def added(self, function):
+        """Bytes that stay and the most beyond what was there, of a call whose result is held."""
+        start, before = self.tracker.position, self.tracker.live_bytes
+        with self.tracker:
+            held = function()
+        result = self.tracker.live_bytes - before, self.tracker.peak(start).bytes - before
+        del held
+        return result
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+def test_dropout_saves_a_byte_an_entry():
+    with Run() as run:
+        x = leaf(4, KIB)
+        run.tracker.adopt(x)
+        assert run.added(lambda: F.dropout(x, 0.1)) == (16 * KIB + 4 * KIB, 16 * KIB + 4 * KIB)
+        for nothing in (lambda: F.dropout(x, 0.0), lambda: F.dropout(x, 0.1, training=False)):
+            assert run.added(nothing) == (0, 0)
+        y, dy = F.dropout(x, 0.1), torch.empty(4, KIB)
+        run.tracker.adopt(y, dy)
+        assert run.added(lambda: torch.autograd.backward(y, dy))[0] == 16 * KIB
+    # As before outside: the CPU keeps a mask in float.
+    assert type(F.dropout(torch.ones(3, requires_grad=True), 0.5).grad_fn).__name__ == "MulBackward0"
+
+
+@pytest.mark.parametrize("function", [F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax])
+def test_softmax_reads_half_without_a_copy(function):
+    with Run() as run:
+        for dtype, copies in ((torch.half, 0), (torch.bfloat16, 1)):
+            x = leaf(KIB, dtype=dtype)
+            run.tracker.adopt(x)
+            stays, most = run.added(lambda x=x: function(x, dim=-1, dtype=torch.float32))
+            assert (stays, most) == (4 * KIB, 4 * KIB * (1 + copies))
+
+
+def test_softmax_backward_holds_the_product():
+    with Run() as run:
+        x = leaf(KIB, dtype=torch.half)
+        y, dy = x.softmax(0, dtype=torch.float32), torch.empty(KIB)
+        run.tracker.adopt(x, y, dy)
+        assert run.added(lambda: torch.autograd.backward(y, dy)) == (2 * KIB, 2 * KIB + 4 * KIB)
+        x = leaf(KIB)
+        y = x.log_softmax(0)
+        run.tracker.adopt(x, y)
+        assert run.added(lambda: torch.autograd.backward(y, dy)) == (4 * KIB, 4 * KIB)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layer_norm_keeps_its_statistics_in_float(dtype):
+    with Run() as run:
+        x, weight = leaf(256, 64, dtype=dtype), leaf(64, dtype=dtype)
+        run.tracker.adopt(x, weight)
+        stays, _ = run.added(lambda: F.layer_norm(x, (64,), weight))
+        assert stays == 256 * 64 * dtype.itemsize + 2 * 4 * 256
+
+
+@pytest.mark.parametrize("tokens", [3072, 3073])
+def test_the_gradient_of_an_embedding_sorts_many_tokens(tokens):
+    with Run() as run:
+        table, indices = leaf(1000, 64), torch.empty(tokens, dtype=torch.int64)
+        y, dy = F.embedding(indices, table), torch.empty(tokens, 64)
+        run.tracker.adopt(table, indices, y, dy)
+        stays, most = run.added(lambda: torch.autograd.backward(y, dy))
+        assert stays == 4 * 1000 * 64
+        extra = 0 if tokens == 3072 else 4 * 8 * tokens + 4 * 64 * (307 + 1000)
+        assert most == stays + extra
+
+
+def test_coalesce_sorts():
+    with Run() as run:
+        indices, values = torch.empty(2, KIB, dtype=torch.int64), torch.empty(KIB)
+        coo = torch.sparse_coo_tensor(indices, values, (99, 99), is_coalesced=False, check_invariants=False)
+        run.tracker.adopt(coo)
+        stays, most = run.added(coo.coalesce)
+        assert most - stays == 5 * 8 * KIB
+
+
+# --- attention: 2 x 4 heads x 100 queries x 64
+
+
+def attention(run, kernel, dtype, kv_heads=4):
+    """What a forward keeps beside its output, and the most that backward takes beside the gradients."""
+    q = leaf(2, 4, 100, 64, dtype=dtype)
+    k, v = (leaf(2, kv_heads, 100, 64, dtype=dtype) for _ in range(2))
+    dy = torch.empty(2, 4, 100, 64, dtype=dtype)
+    run.tracker.adopt(q, k, v, dy)
+    with sdpa_kernel(kernel):
+        with run.tracker:
+            start = run.tracker.live_bytes
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=kv_heads != 4)
+            kept = run.tracker.live_bytes - start - dy.numel() * dtype.itemsize
+        position, start = run.tracker.position, run.tracker.live_bytes
+        with run.tracker:
+            torch.autograd.backward(y, dy)
+    gradients = sum(t.numel() * t.itemsize for t in (q, k, v))
+    return kept, run.tracker.peak(position).bytes - start - gradients
+
+
+def test_flash_keeps_the_log_sum_exp():
+    with Run() as run:
+        kept, extra = attention(run, SDPBackend.FLASH_ATTENTION, torch.bfloat16)
+        assert kept == 4 * 2 * 4 * 100 + 2 * 8 + 8  # its random state: two numbers and one
+        assert extra == 4 * 2 * 4 * 128 * (1 + 64)
+        assert run.kernels.attention_kernel == "flash"
+    with Run() as run:
+        kept, extra = attention(run, SDPBackend.FLASH_ATTENTION, torch.bfloat16, kv_heads=2)
+        assert extra == 4 * 2 * 4 * 128 * (1 + 64) + 2 * 2 * (2 * 4 * 100 * 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.float32])
+def test_efficient_keeps_the_log_sum_exp(dtype):
+    with Run("t4") as run:
+        kept, extra = attention(run, SDPBackend.EFFICIENT_ATTENTION, dtype)
+        assert kept == 4 * 2 * 4 * 128  # 100 queries to a multiple of 32; its seeds are on the host
+        product = 4 * 2 * 4 * 100 * 64 if dtype == torch.float32 else 0
+        assert extra == 4 * 2 * 4 * 100 + 4 * 2 * 4 * 2 * (64 * 64 + 4) + product
+        assert run.kernels.attention_kernel == "efficient"
+
+
+def test_math_keeps_scores():
+    with Run("t4") as run:
+        kept, _ = attention(run, SDPBackend.MATH, torch.half)
+        scores = 4 * 2 * 4 * 100 * 100
+        assert kept > scores
+        assert run.kernels.attention_kernel == "math"
+
+
+def test_a_kernel_that_cannot_run_is_an_error():
+    with Run("t4") as run, pytest.raises(Unmodelled, match="flash takes no compute capability 7.5"):
+        attention(run, SDPBackend.FLASH_ATTENTION, torch.half)
+
+
+def test_what_only_the_cpu_has_is_an_error():
+    with Run() as run, run.tracker, pytest.raises(Unmodelled, match="for_cpu"):
+        x = leaf(1, 1, 8, 8)
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)
+
+
+# --- beside the operations
+
+
+@pytest.mark.parametrize(("gpu", "size"), [("t4", 8_519_680), ("8.9", 8_519_680), ("h100", 32 * MIB)])
+def test_a_workspace_for_each_thread_that_multiplies(gpu, size):
+    assert workspace_bytes(card(gpu)) == size
+    with Run(gpu) as run:
+        x, weight, dy = leaf(8, 16), leaf(16, 32), torch.empty(8, 32)
+        run.tracker.adopt(x, weight, dy)
+        y = []
+        assert run.added(lambda: y.append(x @ weight)) == (size + 4 * 8 * 32,) * 2
+        assert run.added(lambda: torch.autograd.backward(y.pop(), dy))[0] == size + 4 * (8 * 16 + 16 * 32) - 4 * 8 * 32
+        assert run.added(lambda: x @ weight) == (4 * 8 * 32,) * 2
+
+
+@pytest.mark.parametrize(("impl", "counters"), [("foreach", 0), ("fused", 2 * 4), ("for-loop", 0)])
+def test_step_counters_are_on_the_host_unless_fused(impl, counters):
+    with Run() as run:
+        parameters = [nn.Parameter(torch.empty(KIB)), nn.Parameter(torch.empty(KIB))]
+        for parameter in parameters:
+            parameter.grad = torch.empty(KIB)
+        run.tracker.adopt(parameters, [p.grad for p in parameters])
+        optimizer = torch.optim.AdamW(parameters, foreach=impl == "foreach", fused=impl == "fused")
+        stays, _ = run.added(optimizer.step)
+        assert stays == 2 * 2 * 4 * KIB + counters
