@@ -24,7 +24,8 @@ And beside the operations:
  - Layer normalisation keeps its means and deviations in float32, also of half and bfloat16.
  - cuBLAS has a workspace for each thread that multiplies matrices, kept for good: forward's and, from the first
    backward on, autograd's. 8,519,680 bytes each (4096 KiB twice and 16 KiB eight times); 33,554,432 on compute
-   capabilities 9, 10 and 12. CUBLAS_WORKSPACE_CONFIG and PyTorch 2.15, which is to free them after each product, are not modelled.
+   capabilities 9, 10 and 12. Neither CUBLAS_WORKSPACE_CONFIG is modelled nor PyTorch 2.15, which is to free them after
+   each product.
  - AdamW's step counters and other tensors made of Python numbers stay on the host; so do the efficient kernel's seeds.
    Fused AdamW's counters are on the card.
  - Optimizer implementations run as they are, temporaries included: on CUDA torch takes foreach where nothing is named.

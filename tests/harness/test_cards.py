@@ -20,5 +20,5 @@ def test_unknown_cards_list_the_known(name):
 
 
 def test_cards_that_torch_has_left_behind():
-    with pytest.raises(InputError, match="before compute capability 7.0"):
+    with pytest.raises(InputError, match=r"before compute capability 7\.0"):
         card("6.1")

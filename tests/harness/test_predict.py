@@ -339,7 +339,7 @@ def test_dropout_and_fused_attention_save_less_than_on_the_cpu(model_path):
     queries = 8 * 2 * 64
     assert eager.peak_forward_bytes - fused.peak_forward_bytes == 2 * ((4 + 4 + 1) * 64 - 4) * queries
     on_cpu = predict(replace(card_spec("full", attention="eager", **options), device="cpu"))
-    # A byte an entry where the CPU keeps four: two dropouts of scores, five of hidden states, one before the classifier.
+    # A byte an entry where the CPU keeps four, in dropouts: two of scores, five of hidden states, the classifier's.
     entries = 2 * 64 * queries + 5 * 8 * 64 * 48 + 8 * 48
     in_forward = [record.peak_forward_bytes - record.resident_bytes for record in (on_cpu, eager)]
     assert in_forward[0] - in_forward[1] == pytest.approx(3 * entries, abs=512 * 64)  # whole blocks
