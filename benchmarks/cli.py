@@ -130,6 +130,12 @@ def _add_run(commands) -> None:
     run.add_argument(
         "--unpaired", action="store_true", help="time steps alone: full fine-tuning's worker needs its own memory"
     )
+    run.add_argument(
+        "--snapshot",
+        metavar="PATH",
+        help="write the CUDA allocator's history of the measured steps for pytorch.org/memory_viz; of several methods "
+        "each has a file of its own, PATH with the method's name in it",
+    )
     run.add_argument("--time-limit", type=float, default=1800, metavar="SECONDS", help="per method (default: 1800)")
     run.set_defaults(handler=_run)
 
@@ -277,8 +283,31 @@ def run_specs(arguments: argparse.Namespace) -> list:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
+    if arguments.snapshot is not None:
+        _check_snapshot(arguments.snapshot, device)
     # Fixed here, so that every worker has the same.
-    return _specs(arguments, device=device, threads=arguments.threads or torch.get_num_threads())
+    specs = _specs(arguments, device=device, threads=arguments.threads or torch.get_num_threads())
+    if arguments.snapshot is None or len(specs) == 1:
+        return specs
+    return [dataclasses.replace(spec, snapshot=_snapshot_of(spec)) for spec in specs]
+
+
+def _check_snapshot(path: str, device: str) -> None:
+    from benchmarks.harness.errors import InputError
+
+    if device != "cuda":
+        raise InputError(f"--snapshot records the CUDA allocator and needs --device cuda, got {device}; leave it out")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"--snapshot {path} cannot be written: make the directory {Path(path).parent} first")
+    if reason := unwritable(path):
+        raise InputError(f"--snapshot {path} cannot be written: {reason}")
+
+
+def _snapshot_of(spec: RunSpec) -> str:
+    """The path of one method's snapshot among several: its label before the suffix, without brackets."""
+    path = Path(spec.snapshot)
+    label = re.sub(r"[^\w.]+", "-", _named(spec)).strip("-")
+    return str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
 
 
 def predict_specs(arguments: argparse.Namespace) -> list:

@@ -99,7 +99,9 @@ class Record:
     reason: str | None = _f("why the status is not ok")
 
     # --- memory, bytes
-    resident_bytes: int | None = _f("live after a step, gradients freed: weights, buffers, bases, optimizer state")
+    resident_bytes: int | None = _f(
+        "live after a step, gradients freed: weights, buffers, bases, optimizer state; on CUDA also what libraries keep"
+    )
     peak_forward_bytes: int | None = _f("most bytes live in the forward of a steady-state step, resident included")
     peak_backward_bytes: int | None = _f("most bytes live in the backward of a steady-state step, resident included")
     peak_optimizer_bytes: int | None = _f("most bytes live in the optimizer of a steady-state step, resident included")
@@ -107,18 +109,24 @@ class Record:
     peak_eval_bytes: int | None = _f("most bytes live in an evaluation pass with the training state held")
     peak_preparation_bytes: int | None = _f("most bytes live while the method prepares")
     kernel_workspace_bytes: int | None = _f(
-        "what kernels allocate inside themselves in a step and a tracker cannot see"
+        "what kernels and libraries hold for themselves in a step, which a tracker cannot see"
     )
     preparation_workspace_bytes: int | None = _f("the same during preparation")
     process_peak_bytes: int | None = _f(
         "the process's high-water mark (resident set), interpreter and libraries included"
     )
-    peak_requested_bytes: int | None = _f("CUDA: most bytes requested, before the allocator's rounding")
-    peak_reserved_bytes: int | None = _f("CUDA: most bytes the caching allocator held")
+    peak_requested_bytes: int | None = _f("CUDA: most bytes requested in a step, before the allocator's rounding")
+    peak_reserved_bytes: int | None = _f("CUDA: most bytes the caching allocator held in a step")
     gpu_memory_bytes: int | None = _f("predictions for CUDA: the card's memory that `fits` asks about")
     fits: bool | None = _f("predictions for CUDA: whether preparation and training fit in gpu_memory_bytes")
     oom_phase: str | None = _f("where they do not fit: the phase that runs out of memory first")
-    nvml_process_bytes: int | None = _f("CUDA: what the driver charges the process")
+    nvml_process_bytes: int | None = _f(
+        "CUDA: what the driver charges the process when the step is over, its context and libraries included"
+    )
+    alloc_retries: int | None = _f(
+        "CUDA: how often in the measured steps the device was full and the allocator gave its cache back to go on"
+    )
+    alloc_ooms: int | None = _f("CUDA: how often in the measured steps that was not enough and an allocation failed")
     parameter_bytes: int | None = _f("at the instant of peak_step_bytes: parameters and buffers, frozen ones too")
     basis_bytes: int | None = _f("at that instant: transition matrices and the like")
     optimizer_bytes: int | None = _f("at that instant: optimizer state")

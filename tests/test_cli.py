@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from baselines import method
 from benchmarks import cli
@@ -89,6 +90,53 @@ def test_a_closed_standard_output_is_told_before_measuring(monkeypatch, capsys):
     assert "standard output is closed" in capsys.readouterr().err
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """The specs that a command line would measure, were there a GPU."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(turns, "measure_all", lambda specs, *_: seen.extend(specs))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("methods", "names"),
+    [
+        ("lora[2]", ["steps.pickle"]),
+        (
+            "full,lora[2],random-mask[0.05]",
+            ["steps-full.pickle", "steps-lora-2.pickle", "steps-random-mask-0.05.pickle"],
+        ),
+    ],
+)
+def test_each_method_has_a_snapshot_of_its_own(methods, names, measured, tmp_path, capsys):
+    arguments = [*LAYER, "--device", "cuda", "--methods", methods, "--snapshot", str(tmp_path / "steps.pickle")]
+    assert cli.main(arguments) == 0
+    assert [spec.snapshot for spec in measured] == [str(tmp_path / name) for name in names]
+
+
+@pytest.mark.parametrize("path", ["missing/steps.pickle", "folder"])
+def test_where_a_snapshot_cannot_be_written_nothing_is_measured(path, measured, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*LAYER, "--device", "cuda", "--methods", "full", "--snapshot", path]) == 2
+    err = capsys.readouterr().err
+    assert f"--snapshot {path} " in err
+    assert len(err.splitlines()) == 1
+    assert measured == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_snapshot_needs_cuda(measured, tmp_path, capsys):
+    arguments = [*LAYER, "--device", "cpu", "--methods", "full", "--snapshot", str(tmp_path / "steps.pickle")]
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "--snapshot" in err
+    assert "needs --device cuda, got cpu" in err
+    assert len(err.splitlines()) == 1
+    assert measured == []
+
+
 @pytest.mark.parametrize("to_file", [False, True])
 def test_an_interruption_keeps_the_complete_records(to_file, tmp_path, monkeypatch, capsys):
     def interrupted_at_the_head(specs, reference, done, *_):
@@ -170,7 +218,7 @@ def test_predict_and_run_share_their_options():
     assert {name: run[name] for name in predict if name not in differing} == {
         name: value for name, value in predict.items() if name not in differing
     }
-    assert run.keys() - predict.keys() == {"rounds", "threads", "time_limit", "timing_span", "unpaired"}
+    assert run.keys() - predict.keys() == {"rounds", "snapshot", "threads", "time_limit", "timing_span", "unpaired"}
     assert cli.PREDICTED_DEVICES == SEMANTICS
 
 

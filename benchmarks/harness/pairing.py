@@ -46,7 +46,7 @@ class Reference:
 
     def ready_for(self, spec: RunSpec) -> bool:
         """Have a worker on the conditions of `spec`; False where full fine-tuning does not run on them."""
-        wanted = replace(spec, method="full", budget=None, matched=None, equal_trainable=None)
+        wanted = replace(spec, method="full", budget=None, matched=None, equal_trainable=None, snapshot=None)
         if self._spec != wanted:
             self.close()
             self._spec = wanted

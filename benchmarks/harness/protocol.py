@@ -18,8 +18,9 @@ from torch.optim.optimizer import Optimizer
 
 from baselines.method import Method, ParameterCounts, Setting, target_shapes
 from baselines.registry import get
-from benchmarks.harness.cuda import AllocatorMeter
+from benchmarks.harness.cuda import AllocatorMeter, history, release_unused
 from benchmarks.harness.memory import AllocatorTrace, Peak, Span, Tracker, steady_collection
+from benchmarks.harness.nvml import process_bytes
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.workload import Workload
 from reports.record import BREAKDOWN
@@ -129,7 +130,7 @@ class TrackedPass:
 
     def peaks(self) -> dict[str, object]:
         """The peaks as the tracker counts them, and what was live at the largest."""
-        peak = {name: max(self._most(span) for span in those) for name, those in self.spans.items()}
+        peak = {name: max(self.most(span) for span in those) for name, those in self.spans.items()}
         step = self.tracker.peak(self.steps.start, self.steps.end)
         return {
             **{f"peak_{name}_bytes": value for name, value in peak.items()},
@@ -138,15 +139,16 @@ class TrackedPass:
             "peak_step_bytes": step.bytes,
             # No birth in a step: it starts with its peak.
             "peak_phase": step.phase or "forward",
-            "peak_eval_bytes": self._most(self.evaluation),
-            "peak_preparation_bytes": self._most(self.preparation),
+            "peak_eval_bytes": self.most(self.evaluation),
+            "peak_preparation_bytes": self.most(self.preparation),
         }
 
     def workspace(self, span: Span, trace: AllocatorTrace) -> int:
         """What the allocator's trace of the same work has beyond the tracker."""
         return trace.peak_bytes - self.tracker.peak_of_born(span.start, span.end)
 
-    def _most(self, span: Span) -> int:
+    def most(self, span: Span) -> int:
+        """The most bytes live in a span, as the tracker counts them."""
         return self.tracker.peak(span.start, span.end).bytes
 
 
@@ -190,25 +192,20 @@ def track(
             for _ in range(method.period):
                 losses.append(_tracked_step(state, batch, tracker, spans, updated))
         own_batch = tracker.serials(batch)
-        evaluation = _tracked_evaluation(state, batch, tracker)
+        evaluation = _evaluate(state, batch, tracker.phase("eval"))
     return TrackedPass(state, batch, tracker, counts, losses, updated, preparation, spans, steps, evaluation, own_batch)
 
 
 def measure_memory(spec: RunSpec, workload: Workload) -> dict[str, object]:
     """The memory fields and counts of a record, and the losses of the first and the last step."""
-    device = torch.device(spec.device)
+    if torch.device(spec.device).type == "cuda":
+        return _metered(spec, workload)
     preparation_trace = AllocatorTrace()
-    done = track(spec, workload, Tracker(device.type), witness=preparation_trace)
-    facts = done.facts()
-    # The dropout of the tracked steps again: which stripes of dL/dY are zero, and so are skipped, depends on it.
-    torch.manual_seed(spec.seed)
-    if device.type == "cuda":
-        return {**facts, **_metered(done)}
+    done = track(spec, workload, Tracker(), witness=preparation_trace)
     with steady_collection(), AllocatorTrace() as trace:
-        for _ in range(done.state.method.period):
-            training_step(done.state, done.batch, untracked)
+        _repeat_steps(spec, done, untracked)
     return {
-        **facts,
+        **done.facts(),
         **done.peaks(),
         "kernel_workspace_bytes": done.workspace(done.steps, trace),
         "preparation_workspace_bytes": done.workspace(done.preparation, preparation_trace),
@@ -255,13 +252,22 @@ def _tracked_step(
     return training_step(state, batch, phase, after)
 
 
-def _tracked_evaluation(state: Trained, batch: object, tracker: Tracker) -> Span:
+def _evaluate(state: Trained, batch: object, phase: AbstractContextManager) -> Span | None:
+    """A forward without gradients inside `phase`; gives what that gives."""
     state.model.eval()
-    with torch.no_grad(), tracker.phase("eval") as span:
+    with torch.no_grad(), phase as span:
         result = state.workload.forward(state.model, batch)
     result.release()
     state.model.train()
     return span
+
+
+def _repeat_steps(spec: RunSpec, done: TrackedPass, phase: Phase) -> None:
+    """The tracked steps once more, without the tracker."""
+    # Their dropout again: which stripes of dL/dY are zero, and so are skipped, depends on it.
+    torch.manual_seed(spec.seed)
+    for _ in range(done.state.method.period):
+        training_step(done.state, done.batch, phase)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -308,32 +314,53 @@ def untracked(_: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _metered(done: TrackedPass) -> dict[str, object]:
-    """CUDA: peaks from the allocator; the tracker tells what they were, and rounding and workspaces are the rest."""
-    state, batch, tracker = done.state, done.batch, done.tracker
-    meter = AllocatorMeter(torch.device(state.workload.device))
+def _metered(spec: RunSpec, workload: Workload) -> dict[str, object]:
+    """`measure_memory` on CUDA: the peaks are the allocator's, and the tracker tells what they were."""
+    device = torch.device(spec.device)
+    preparation, steps, evaluation = (AllocatorMeter(device) for _ in range(3))
+    release_unused(device)
+    done = track(spec, workload, Tracker(device.type), witness=preparation.phase("preparation"))
+    facts = done.facts()
     with steady_collection():
-        # What earlier passes left in the cache is not this step's.
+        # What the preparation and the tracked steps left in the cache is not these steps': it would count as reserved,
+        # and its blocks can be handed out whole, up to 1 MiB larger than what is asked for.
         torch.cuda.empty_cache()
-        for _ in range(state.method.period):
-            training_step(state, batch, meter.phase)
-        live = meter.live()
-        state.model.eval()
-        with torch.no_grad(), meter.phase("eval"):
-            state.workload.forward(state.model, batch).release()
-        state.model.train()
-    evaluation = meter.allocated.pop("eval")
-    meter.requested.pop("eval")
-    top = max(meter.allocated.values())
-    tracked = done.peaks()
+        with history(spec.snapshot):
+            _repeat_steps(spec, done, steps.phase)
+        charged = process_bytes(device)
+        _evaluate(done.state, done.batch, evaluation.phase("eval"))
+        # Let go rather than subtracted: the blocks of a batch are larger than its tensors, nobody says by how much.
+        done.batch = None
+        resident = steps.live()
     return {
-        **tracked,
-        **{f"peak_{name}_bytes": value for name, value in meter.allocated.items()},
-        "temporary_bytes": tracked["temporary_bytes"] + top - tracked["peak_step_bytes"],
-        "resident_bytes": live - (tracker.live() - tracker.live(batch)),
-        "peak_step_bytes": top,
-        "peak_phase": max(meter.allocated, key=meter.allocated.get),
-        "peak_eval_bytes": evaluation,
-        "peak_requested_bytes": max(meter.requested.values()),
-        "peak_reserved_bytes": meter.reserved,
+        **facts,
+        **{f"peak_{name}_bytes": peak.allocated_bytes for name, peak in steps.peaks.items()},
+        **allocated_breakdown(done, steps),
+        "resident_bytes": resident,
+        "peak_step_bytes": steps.peak.allocated_bytes,
+        "peak_eval_bytes": evaluation.peak.allocated_bytes,
+        "peak_preparation_bytes": preparation.peak.allocated_bytes,
+        "kernel_workspace_bytes": steps.peak.requested_bytes - done.most(done.steps),
+        "preparation_workspace_bytes": preparation.peak.requested_bytes - done.most(done.preparation),
+        "peak_requested_bytes": steps.peak.requested_bytes,
+        "peak_reserved_bytes": steps.peak.reserved_bytes,
+        "nvml_process_bytes": charged,
+        "alloc_retries": steps.retries,
+        "alloc_ooms": steps.ooms,
     }
+
+
+def allocated_breakdown(done: TrackedPass, steps: AllocatorMeter) -> dict[str, object]:
+    """The phase of the allocator's peak, and what was live then: the tracker's peak of that phase, made up to it.
+
+    What the allocator has beyond the tracker, its rounding and the workspaces, is temporary. It can also have less, by
+    what dispatch to the tracker keeps for an instant longer: so much less is temporary. Where that would be less than
+    nothing the two did not see the same step, and the breakdown is None.
+    """
+    phase = max(steps.peaks, key=lambda name: steps.peaks[name].allocated_bytes)
+    tracked = max((done.tracker.peak(span.start, span.end) for span in done.spans[phase]), key=lambda peak: peak.bytes)
+    parts: dict[str, int | None] = dict(breakdown(tracked))
+    parts["temporary_bytes"] += steps.peaks[phase].allocated_bytes - tracked.bytes
+    if parts["temporary_bytes"] < 0:
+        parts = dict.fromkeys(parts)
+    return {"peak_phase": phase, **parts}

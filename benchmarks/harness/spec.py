@@ -41,6 +41,7 @@ class RunSpec:
     calibration_steps: int = 30
     rounds: int = 15
     hub: bool = False
+    snapshot: str | None = None  # where the CUDA allocator's history of the measured steps goes
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 import torch
@@ -38,6 +39,14 @@ LONGEST_WAIT_S = 2_000_000  # poll() takes milliseconds in a C int
 # thousands in a step of a small encoder) made two workers of the SAME method differ by up to 15 %; with this, by less
 # than 1 %. Who sets these variables otherwise is left alone; other allocators do not read them.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**46)}
+
+# How it is told that memory ran out, where that is a bare RuntimeError.
+SHORT_OF_MEMORY = (
+    "can't allocate memory",  # torch's CPU allocator
+    "CUDA error: out of memory",  # the driver, which has none for a context or a library
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 
 REQUESTS = ("prepare", "round", "plain", "memory")
 
@@ -269,12 +278,19 @@ def told(spec: RunSpec, error: Exception) -> Record:
             return failed(spec, "refused", str(error))
         case Diverged():
             return failed(spec, "diverged", str(error))
-        case MemoryError() | torch.OutOfMemoryError():
+        case MemoryError():
             return failed(spec, "oom", str(error).splitlines()[0] if str(error) else "out of memory")
-        case RuntimeError() if "can't allocate memory" in str(error):
-            # torch's CPU allocator raises a bare RuntimeError.
-            return failed(spec, "oom", next(line for line in str(error).splitlines() if "can't allocate" in line))
+        case torch.OutOfMemoryError():
+            # One line of many sentences: that memory ran out, what was asked for, what there is, then advice.
+            sentences = str(error).partition("\n")[0].rstrip(".").split(". ")
+            return failed(spec, "oom", "; ".join(sentences[:3]))
+        case RuntimeError() if line := _first_line_with(SHORT_OF_MEMORY, str(error)):
+            return failed(spec, "oom", line)
     raise error
+
+
+def _first_line_with(phrases: Sequence[str], text: str) -> str | None:
+    return next((line for line in text.splitlines() if any(phrase in line for phrase in phrases)), None)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -50,8 +50,8 @@ def test_a_rest_comes_before_each_step_of_a_pair_and_is_no_part_of_it(workers, m
 def test_the_reference_is_kept_while_the_conditions_stay(workers):
     _, log = workers
     with Reference() as reference:
-        measure(SPEC, reference)
-        measure(SPEC, reference)
+        measure(replace(SPEC, snapshot="one.pickle"), reference)
+        measure(replace(SPEC, snapshot="other.pickle"), reference)
         assert log.count(("prepare", "full")) == 1
         measure(replace(SPEC, batch=3), reference)
         assert log.count(("prepare", "full")) == 2

@@ -1,6 +1,7 @@
 """The measured run: closed forms, the allocator as a witness, determinism, leaks."""
 
 import json
+import pickle
 from functools import cache
 
 import pytest
@@ -318,5 +319,36 @@ def test_cuda_run(method):
     (record,) = records
     assert record.status == "ok"
     assert record.device_semantics == "cuda"
-    assert record.peak_step_bytes >= record.peak_requested_bytes > record.resident_bytes > 0
+    assert record.peak_requested_bytes <= record.peak_step_bytes <= record.peak_reserved_bytes
+    assert 0 < record.resident_bytes < record.peak_eval_bytes <= record.peak_step_bytes
     assert sum(getattr(record, name) for name in BREAKDOWN) == record.peak_step_bytes
+    assert record.temporary_bytes >= 0
+    assert record.kernel_workspace_bytes >= 0
+    assert (record.alloc_retries, record.alloc_ooms) == (0, 0)
+    # None where the driver does not list this process, as in some containers.
+    assert record.nvml_process_bytes is None or record.nvml_process_bytes >= record.peak_reserved_bytes
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_cuda_snapshot(tmp_path):
+    path = tmp_path / "steps.pickle"
+    memory(spec("full", device="cuda", snapshot=str(path), **BLOCK))
+    with open(path, "rb") as file:
+        snapshot = pickle.load(file)
+    assert snapshot["segments"]
+    assert {"alloc", "free_completed"} <= {entry["action"] for trace in snapshot["device_traces"] for entry in trace}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_cuda_bytes_do_not_depend_on_a_plain_pass_before():
+    a_spec = spec("lora", device="cuda", **BLOCK)
+    alone = memory(a_spec)
+    plain = PlainPass(a_spec, a_spec.workload())
+    plain.round()
+    plain.finish()
+    again = memory(a_spec)
+    # The context and the libraries that the driver charges stay for good.
+    same = [name for name in alone if name.endswith("_bytes") and name != "nvml_process_bytes"]
+    assert {name: again[name] for name in same} == {name: alone[name] for name in same}

@@ -1,5 +1,6 @@
 """Workers: whatever happens to one is a record with a status, and no process is left behind."""
 
+import io
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from benchmarks.harness.errors import InputError
 from benchmarks.harness.protocol import Diverged
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.worker import RunFailed, Worker, expected_environment, told
+from reports.record import Record
 
 SPEC = RunSpec(method="lora", budget=2, layer=(16, 24), batch=2, seq=4, rounds=1)
 # A worker that answers every request with what it is given, and the spec's line with nothing.
@@ -220,6 +223,8 @@ def _runs(pid):
         (MemoryError("no more"), "oom"),
         (MemoryError(), "oom"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "oom"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes"), "oom"),
         (InputError("not so"), "refused"),
         (Diverged("the loss is nan"), "diverged"),
@@ -229,6 +234,27 @@ def test_what_goes_wrong_is_told(error, status):
     record = told(SPEC, error)
     assert record.status == status
     assert "\n" not in record.reason
+
+
+def test_a_cuda_device_that_is_full_is_told_in_one_sentence(monkeypatch):
+    def fill(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.95 GiB. GPU 0 has a total capacity of 14.57 GiB of which 1.58 GiB "
+            "is free. Process 2493055 has 12.02 GiB memory in use. If reserved but unallocated memory is large try "
+            "setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+        )
+
+    monkeypatch.setattr(worker, "measure_memory", fill)
+    answers = io.StringIO()
+    worker.serve(io.StringIO(f'{json.dumps(SPEC.to_dict())}\n"memory"\n"memory"\n'), answers)
+    (answer,) = answers.getvalue().splitlines()  # the first request ends the worker
+    record = Record.from_dict(json.loads(answer)["failed"])
+    assert record.status == "oom"
+    assert record.reason == (
+        "CUDA out of memory; Tried to allocate 1.95 GiB; "
+        "GPU 0 has a total capacity of 14.57 GiB of which 1.58 GiB is free"
+    )
+    assert record.peak_step_bytes is None
 
 
 def test_a_bug_is_not_hidden():
@@ -243,4 +269,5 @@ def test_what_a_method_cannot_do_is_refused():
 
 
 def test_a_spec_survives_json():
-    assert RunSpec.from_dict(json.loads(json.dumps(SPEC.to_dict()))) == SPEC
+    spec = replace(SPEC, snapshot="steps.pickle")
+    assert RunSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
