@@ -26,6 +26,8 @@ And beside the operations:
    backward on, autograd's. 8,519,680 bytes each (4096 KiB twice and 16 KiB eight times); 33,554,432 on compute
    capabilities 9, 10 and 12. Neither CUBLAS_WORKSPACE_CONFIG is modelled nor PyTorch 2.15, which is to free them after
    each product.
+ - cuBLASLt, which runs a product that adds a bias (`addmm` with a vector), has 1 MiB more for each thread. Revisions of
+   PyTorch differ in this: in some it shares cuBLAS's. Steps measured with 2.14 show the 1 MiB, and they told it here.
  - AdamW's step counters and other tensors made of Python numbers stay on the host; so do the efficient kernel's seeds.
    Fused AdamW's counters are on the card.
  - Optimizer implementations run as they are, temporaries included: on CUDA torch takes foreach where nothing is named.
@@ -72,7 +74,7 @@ class CudaKernels:
 
     def __init__(self, card: Card):
         self._card = card
-        self._workspaces: dict[bool, Tensor] = {}  # whether in backward, whose thread is another -> workspace
+        self._workspaces: dict[tuple[str, bool], Tensor] = {}  # library, whether autograd's thread -> workspace
         self._attention: list[str] = []
 
     @property
@@ -96,15 +98,17 @@ class CudaKernels:
     def __call__(self, func: Callable, args: tuple, kwargs: dict, see: See) -> object:
         """Run an operation; `see` is told of what its kernel allocates besides its result."""
         if func in MATRIX_PRODUCTS:
-            self._take_workspace(see)
+            with_bias = func is aten.addmm.default and args[0].dim() == 1
+            self._keep_workspace("cublasLt" if with_bias else "cublas", see)
         kernel = _KERNELS.get(func)
         return func(*args, **kwargs) if kernel is None else kernel(func, args, kwargs, see)
 
-    def _take_workspace(self, see: See) -> None:
-        in_backward = torch._C._current_autograd_node() is not None
-        if in_backward not in self._workspaces:
-            self._workspaces[in_backward] = torch.empty(workspace_bytes(self._card), dtype=torch.uint8)
-            see(self._workspaces[in_backward])
+    def _keep_workspace(self, library: str, see: See) -> None:
+        # Autograd has a thread of its own for a card.
+        key = library, torch._C._current_autograd_node() is not None
+        if key not in self._workspaces:
+            self._workspaces[key] = torch.empty(workspace_bytes(self._card)[library], dtype=torch.uint8)
+            see(self._workspaces[key])
 
     def _attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         try:
@@ -116,9 +120,10 @@ class CudaKernels:
         return attend(kernel, q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def workspace_bytes(card: Card) -> int:
-    """What cuBLAS's workspace takes for each thread that multiplies matrices."""
-    return 32 * 2**20 if card.capability[0] in (9, 10, 12) else (2 * 4096 + 8 * 16) * 2**10
+def workspace_bytes(card: Card) -> dict[str, int]:
+    """What a library's workspace takes for each thread that multiplies matrices with it."""
+    cublas = 32 * 2**20 if card.capability[0] in (9, 10, 12) else (2 * 4096 + 8 * 16) * 2**10
+    return {"cublas": cublas, "cublasLt": 2**20}
 
 
 # --- above autograd

@@ -178,7 +178,7 @@ def test_what_only_the_cpu_has_is_an_error():
 
 @pytest.mark.parametrize(("gpu", "size"), [("t4", 8_519_680), ("8.9", 8_519_680), ("h100", 32 * MIB)])
 def test_a_workspace_for_each_thread_that_multiplies(gpu, size):
-    assert workspace_bytes(card(gpu)) == size
+    assert workspace_bytes(card(gpu))["cublas"] == size
     with Run(gpu) as run:
         x, weight, dy = leaf(8, 16), leaf(16, 32), torch.empty(8, 32)
         run.tracker.adopt(x, weight, dy)
@@ -186,6 +186,20 @@ def test_a_workspace_for_each_thread_that_multiplies(gpu, size):
         assert run.added(lambda: y.append(x @ weight)) == (size + 4 * 8 * 32,) * 2
         assert run.added(lambda: torch.autograd.backward(y.pop(), dy))[0] == size + 4 * (8 * 16 + 16 * 32) - 4 * 8 * 32
         assert run.added(lambda: x @ weight) == (4 * 8 * 32,) * 2
+
+
+def test_a_product_with_a_bias_has_a_workspace_of_its_own():
+    with Run("t4") as run:
+        linear, x = nn.Linear(16, 32), leaf(8, 16)
+        run.tracker.adopt(linear, x)
+        y = []
+        assert run.added(lambda: y.append(linear(x)))[0] == MIB + 4 * 8 * 32
+        assert run.added(lambda: linear(x))[0] == 4 * 8 * 32
+        # Its backward multiplies without a bias.
+        gradients = 4 * (8 * 16 + 16 * 32 + 32)
+        dy = torch.empty(8, 32)
+        run.tracker.adopt(dy)
+        assert run.added(lambda: torch.autograd.backward(y.pop(), dy))[0] == 8_519_680 + gradients - 4 * 8 * 32
 
 
 @pytest.mark.parametrize(("impl", "counters"), [("foreach", 0), ("fused", 2 * 4), ("for-loop", 0)])
