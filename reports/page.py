@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from reports import palette, record, sheet, tables
-from reports.figures import breakdown, by_size, counts, panels, step_time, timeline
+from reports import agreement, capacity, palette, record, sheet, tables
+from reports.figures import breakdown, by_size, counts, fit, panels, step_time, timeline
 from reports.figures.panels import Panels
 from reports.overview import overview
 from reports.record import RATIO_CONFIDENCE, Record
@@ -36,6 +36,7 @@ class Kind:
     describe: Callable[[str, Panels], str]
     most: int  # records of a regime that are drawn
     caption: str
+    shows: Callable[[Panels], bool] = bool  # whether there is anything to show
 
 
 KINDS = (
@@ -68,6 +69,7 @@ KINDS = (
         "a step is shorter than full fine-tuning's. The row of full sets it against a second worker of full: an A/A "
         "control, whose distance from 1 is the harness's own noise. Paired in blocks: two models did not fit into "
         "memory at once, so blocks of rounds were set against one another. Hollow markers are predictions.",
+        step_time.timed,
     ),
     Kind(
         "counts",
@@ -78,11 +80,23 @@ KINDS = (
         "so that one of them alone misleads. Hollow markers are predictions.",
     ),
 )
+FIT = Kind(
+    "fit",
+    fit.draw,
+    fit.describe,
+    panels.MOST_ROWS,
+    "What a card must have: the most bytes that CUDA's caching allocator holds in a steady-state step "
+    f"(peak_reserved_bytes), and {capacity.CONTEXT_BYTES // tables.MIB} MiB for the CUDA context, an assumption, the "
+    "same for all. The strong part of a bar ends at the context and the allocated bytes (peak_step_bytes); the pale "
+    "part is what the allocator caches besides. Where more is allocated in the preparation than in a step, a line "
+    "leads on to that (peak_preparation_bytes and the context; its cache is not recorded). Hatched bars are "
+    "predictions; a bar that is missing was not obtained.",
+)
 BY_SIZE_CAPTION = (
     "The most bytes live in a steady-state step of one layer, or of two MLP blocks, by size and method, on one scale. "
     "Within a size methods stand side by side in the order of the legend. A line joins a method's peaks where each "
     "size has one record of it; where one has several (other budgets, other conditions), each has its mark. "
-    "A cross stands for what was not obtained. Hollow markers and dashed lines are predictions."
+    "A cross stands for what was not obtained. Hollow, larger markers and dashed lines are predictions."
 )
 
 
@@ -116,8 +130,9 @@ class Regime:
 
 @dataclass(frozen=True)
 class Section:
-    """One workload on the page."""
+    """One workload on the page, by its number there."""
 
+    number: int
     title: str
     illustrations: tuple[Illustration, ...]
     regimes: tuple[Regime, ...]
@@ -145,15 +160,29 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     sizes = _by_size(chart, out / "peak-by-size.png") if chart.regimes else None
     sections = []
     for position, (workload, regimes) in enumerate(tables.by_workload(records).items(), start=1):
-        illustrations = [_of_kind(kind, workload.title, regimes, out / f"{kind.stem}-{position}.png") for kind in KINDS]
-        sections.append(_section(workload, regimes, tuple(illustrations)))
+        illustrations = [
+            _of_kind(kind, workload.title, regimes, out / f"{kind.stem}-{position}.png")
+            for kind in KINDS
+            if kind.shows(regimes)
+        ]
+        sections.append(_section(position, workload, regimes, tuple(illustrations)))
     page = out / "index.html"
-    record.write_bytes(_encode(render(records, sections, sizes)), page)
+    record.write_bytes(_encode(render(records, sections, sizes, _fits(records, out), _agreements(records))), page)
     return page
 
 
-def render(records: Sequence[Record], sections: Sequence[Section], sizes: Illustration | None = None) -> str:
-    """The page's HTML; `sizes` is the figure of all layers and blocks, where there are any."""
+def render(
+    records: Sequence[Record],
+    sections: Sequence[Section],
+    sizes: Illustration | None,
+    fits: Sequence[Section],
+    agreements: Sequence[Section],
+) -> str:
+    """The page's HTML.
+
+    `sizes` is the figure of all layers and blocks, where there are any; `fits` and `agreements` are the parts of
+    "Does it fit" and of "Prediction beside measurement", with the numbers of the workloads' own sections.
+    """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -166,12 +195,16 @@ def render(records: Sequence[Record], sections: Sequence[Section], sizes: Illust
         records=records,
         sections=sections,
         sizes=sizes,
+        fits=fits,
+        agreements=agreements,
+        agreement=agreement.summary(agreement.pairs(records)),
+        context_mib=capacity.CONTEXT_BYTES // tables.MIB,
+        cuda=any(record.device_semantics == "cuda" for record in records),
         overview=overview(records),
         summary=tables.summary(records),
         period=tables.period(records),
         environment=[(name, _values(values)) for name, values in tables.environment(records)],
         glossary=glossary(),
-        meaning=record.meaning,
         method_colour=palette.method_colour,
         themes=(palette.LIGHT, palette.DARK),
         longest_reason=LONGEST_REASON,
@@ -197,12 +230,37 @@ def _unit(name: str) -> str:
 
 
 def _section(
-    workload: tables.Workload, regimes: dict[str, list[Record]], illustrations: tuple[Illustration, ...]
+    number: int, workload: tables.Workload, regimes: dict[str, list[Record]], illustrations: tuple[Illustration, ...]
 ) -> Section:
     parts = (
         Regime(name, tables.results_table(group), tables.shared_circumstances(group)) for name, group in regimes.items()
     )
-    return Section(workload.title, illustrations, tuple(parts))
+    return Section(number, workload.title, illustrations, tuple(parts))
+
+
+def _fits(records: Sequence[Record], out: Path) -> list[Section]:
+    """Each workload whose fit is a question: what a card must have, as a figure and as tables."""
+    sections = []
+    for number, (workload, regimes) in enumerate(tables.by_workload(records).items(), start=1):
+        groups = {name: asking for name, group in regimes.items() if (asking := capacity.asking(group))}
+        if not groups:
+            continue
+        drawn = _of_kind(FIT, workload.title, groups, out / f"{FIT.stem}-{number}.png")
+        drawn = replace(drawn, caption=f"{drawn.caption} {capacity.meant(panels.flat(groups))}")
+        parts = (Regime(name, capacity.table(group), []) for name, group in groups.items())
+        sections.append(Section(number, workload.title, (drawn,), tuple(parts)))
+    return sections
+
+
+def _agreements(records: Sequence[Record]) -> list[Section]:
+    """Each workload that was both measured and predicted: the two side by side."""
+    sections = []
+    for number, (workload, regimes) in enumerate(tables.by_workload(records).items(), start=1):
+        found = {name: pairs for name, group in regimes.items() if (pairs := agreement.pairs(group))}
+        parts = (Regime(name, agreement.table(pairs), agreement.circumstances(pairs)) for name, pairs in found.items())
+        if found:
+            sections.append(Section(number, workload.title, (), tuple(parts)))
+    return sections
 
 
 def _of_kind(kind: Kind, title: str, groups: Panels, path: Path) -> Illustration:

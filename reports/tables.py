@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from reports.record import SOURCES, STATUSES, Record
+from reports.record import SOURCES, STATUSES, Record, meaning
 
 MISSING = "—"
 MIB = 2**20
+GIB = 2**30
 # From here on digits stop helping a reader (and Python refuses to print very long integers): the power of ten is shown.
 UNREADABLE = 10**18
 
@@ -28,6 +30,7 @@ CONDITIONS = (
     "source",
     "device",
     "device_semantics",
+    "gpu",
     "device_name",
     "threads",
     "allocator",
@@ -35,7 +38,16 @@ CONDITIONS = (
     "transformers_version",
 )
 # Said of every table as well: shared values above it, differing ones as columns of it.
-CIRCUMSTANCES = (*CONDITIONS, "equal_trainable", "padding_fraction", "lr", "seed", "pairing", "timed_rounds")
+CIRCUMSTANCES = (
+    *CONDITIONS,
+    "attention_kernel",
+    "equal_trainable",
+    "padding_fraction",
+    "lr",
+    "seed",
+    "pairing",
+    "timed_rounds",
+)
 ENVIRONMENT = (
     "created_at",
     "commit",
@@ -50,8 +62,12 @@ ENVIRONMENT = (
 )
 # What is not said beside a name: how figures draw a prediction, a reference that all share, how steps were timed.
 _NOT_NAMED = ("source", "equal_trainable", "pairing", "timed_rounds")
+# What only a prediction says.
+_PREDICTIONS_OWN = ("gpu", "attention_kernel")
 # Ratios of peaks are taken to these methods, where a table has them.
 REFERENCES = ("lora", "full")
+
+_ALONE = re.compile(r"(layer|block) (\d{1,9})x(\d{1,9})")
 
 
 def number(value: int | float | None, scale: Fraction = Fraction(1), decimals: int = 2) -> str:
@@ -74,6 +90,11 @@ def number(value: int | float | None, scale: Fraction = Fraction(1), decimals: i
 def mib(size_bytes: int | None) -> str:
     """Bytes as MiB (2^20 bytes), without the unit."""
     return number(size_bytes, Fraction(1, MIB))
+
+
+def gib(size_bytes: int | None) -> str:
+    """Bytes as GiB (2^30 bytes), without the unit."""
+    return number(size_bytes, Fraction(1, GIB))
 
 
 def count(entries: int | None) -> str:
@@ -100,6 +121,11 @@ def ratio(value: int | float | None, reference: int | float | None) -> Fraction 
     if value is None or reference is None or reference == 0:
         return None
     return Fraction(value) / Fraction(reference)
+
+
+def percent(part: Fraction | None) -> str:
+    """A part of a whole as per cent, without the sign."""
+    return number(part, Fraction(100))
 
 
 def plain(value: object) -> str:
@@ -135,19 +161,26 @@ def summary(records: Sequence[Record]) -> str:
     return f"{len(records):,} {noun}: {', '.join(parts)}" if records else "no records"
 
 
+def alone(model: str) -> tuple[str, int, int] | None:
+    """What a layer, or two blocks, of no model are called: layer or block, D_in, D_out; None for a model."""
+    match = _ALONE.fullmatch(model)
+    return None if match is None else (match[1], int(match[2]), int(match[3]))
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What makes records comparable side by side: the model and the shape and dtype of its batch."""
+    """What makes records comparable side by side: the model, the shape and dtype of its batch, and whose kernels."""
 
     model: str
     batch: int | None
     seq: int | None
     dtype: str
+    semantics: str
 
     @classmethod
     def of(cls, record: Record) -> Workload:
         """The workload that a record was taken on."""
-        return cls(record.model, record.batch, record.seq, record.dtype)
+        return cls(record.model, record.batch, record.seq, record.dtype, record.device_semantics)
 
     @property
     def title(self) -> str:
@@ -156,8 +189,9 @@ class Workload:
 
     @property
     def shape(self) -> str:
-        """The batch's shape and dtype."""
-        return f"batch {plain(self.batch)}, seq {plain(self.seq)}, {self.dtype}"
+        """The batch's shape and dtype, and CUDA where its kernels' memory is meant."""
+        cuda = ", CUDA" if self.semantics == "cuda" else ""
+        return f"batch {plain(self.batch)}, seq {plain(self.seq)}, {self.dtype}{cuda}"
 
 
 def by_workload(records: Iterable[Record]) -> dict[Workload, dict[str, list[Record]]]:
@@ -182,8 +216,24 @@ def differing_circumstances(records: Sequence[Record]) -> list[str]:
 
 def variation(record: Record, group: Sequence[Record]) -> str:
     """What tells `record` from the others of `group` besides its label."""
-    names = [name for name in differing_circumstances(group) if name not in _NOT_NAMED]
+    names = (name for name in naming_circumstances(group) if _tells(record, name))
     return ", ".join(f"{name} {plain(getattr(record, name))}" for name in names)
+
+
+def naming_circumstances(group: Sequence[Record]) -> list[str]:
+    """The circumstances that tell the records of `group` apart where their labels do not."""
+    return [
+        name
+        for name in differing_circumstances(group)
+        if name not in _NOT_NAMED and len({getattr(record, name) for record in group if _tells(record, name)}) > 1
+    ]
+
+
+def _tells(record: Record, name: str) -> bool:
+    """Whether the circumstance is known: a prediction ran on nothing, and a run that failed may not have got so far."""
+    if getattr(record, name) is not None:
+        return True
+    return record.status == "ok" and record.source == "measured" and name not in _PREDICTIONS_OWN
 
 
 def environment(records: Iterable[Record]) -> list[tuple[str, list[tuple[str, int]]]]:
@@ -204,12 +254,18 @@ def period(records: Iterable[Record]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the group it stands under, its heading, and the Record field that defines it."""
+    """A column: the group it stands under, its heading, and the Record field that defines it, or `says` what does."""
 
     group: str
     heading: str
     field: str
     numeric: bool = True
+    says: str | None = None
+
+    @property
+    def definition(self) -> str:
+        """What stands in the column, in one line."""
+        return self.says or f"{self.field}: {meaning(self.field)}"
 
 
 @dataclass(frozen=True)
@@ -301,7 +357,7 @@ def results_table(records: Sequence[Record]) -> Table:
     used: dict[str, None] = {}
     rows = []
     for record in records:
-        cells = [_text_cell(record, column) for column in described]
+        cells = [text_cell(record, column) for column in described]
         cells += [_value_cell(record, column.field) for column in (*_LIVE, *cuda)]
         for method, _ in ratios:
             reference = found.get((method, conditions(record)))
@@ -333,7 +389,8 @@ def conditions(record: Record) -> tuple[object, ...]:
     return tuple(getattr(record, name) for name in CONDITIONS)
 
 
-def _text_cell(record: Record, column: Column) -> Cell:
+def text_cell(record: Record, column: Column) -> Cell:
+    """A cell of a field that is neither a size, a count nor a time."""
     match column.field:
         case "method":
             text = record.label
@@ -358,6 +415,11 @@ def _value_cell(record: Record, field: str) -> Cell:
 
 def _ratio_cell(record: Record, reference: Record | None) -> Cell:
     value = peak_ratio(record, reference)
+    return Cell(number(value, decimals=3), sort_key(value))
+
+
+def sort_key(value: Fraction | None) -> str | None:
+    """By what a fraction is sorted on the page; None where there is none."""
     if value is None:
-        return Cell(MISSING, None)
-    return Cell(number(value, decimals=3), "Infinity" if value >= UNREADABLE else repr(float(value)))
+        return None
+    return "Infinity" if value >= UNREADABLE else repr(float(value))

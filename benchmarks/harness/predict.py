@@ -63,13 +63,12 @@ from benchmarks.harness.memory import Event, Tracker
 from benchmarks.harness.protocol import TrackedPass, track
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.workload import Workload
+from reports.capacity import CONTEXT_BYTES
 from reports.record import Record
 from sparsegrad import SparseGradError, SparseGradLinear
 from sparsegrad.adapted import AdaptedLinear
 
 SEMANTICS = ("cuda", "cpu")
-# Of a card's memory, what the CUDA context and the loaded kernels are taken to need: not torch's, and not modelled.
-CONTEXT_BYTES = 512 * 2**20
 
 # From the second step on each finds what the one before it left: a third of the preparation, or of the warm-up, would
 # repeat it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +35,6 @@ MOST_PANELS = 8
 MOST_SIZES = 8
 MOST_METHODS = 12
 
-_SHAPE = re.compile(r"(layer|block) (\d{1,9})x(\d{1,9})")
 _HEIGHT = 230
 # The part of a size's place on the axis over which its methods spread: equal peaks would hide one another.
 _SPREAD = 0.5
@@ -86,15 +84,15 @@ class Chart:
         names: dict[str, None] = {}
         total = 0
         for record in records:
-            match = _SHAPE.fullmatch(record.model)
-            if match is None:
+            shape = tables.alone(record.model)
+            if shape is None:
                 continue
             total += 1
             names.setdefault(record.method)
             tokens = None if record.batch is None or record.seq is None else record.batch * record.seq
-            setting = Setting(match[1], tokens, record.dtype, record.device_semantics)
+            setting = Setting(shape[0], tokens, record.dtype, record.device_semantics)
             panel = found.setdefault(record.train_rest, {}).setdefault(setting, Panel())
-            panel.sizes.setdefault((int(match[2]), int(match[3])), []).append(record)
+            panel.sizes.setdefault(shape[1:], []).append(record)
         regimes = {
             regime: {setting: settings[setting].sorted() for setting in sorted(settings, key=_order)[:MOST_PANELS]}
             for regime, settings in sorted(found.items())
@@ -228,8 +226,10 @@ def _series(
     several = any(len(group) > 1 for group in of_size)
     look = {
         "marker": method_marker(method),
-        # A star fills less of its square than other shapes do.
-        "markersize": points((9 if layout.tiles > 2 else 8) * (1.35 if method_marker(method) == "*" else 1)),
+        # A star fills less of its square than other shapes do; a prediction must not hide behind what it predicts.
+        "markersize": points(
+            (9 if layout.tiles > 2 else 8) * (1.35 if method_marker(method) == "*" else 1) * (1.5 if predicted else 1)
+        ),
         "markerfacecolor": THEME.background if predicted else colour,
         "markeredgecolor": colour if predicted else THEME.foreground,
         "markeredgewidth": 1.4 if predicted else 0.6,
@@ -242,7 +242,7 @@ def _series(
         ax.plot(places, heights, color=colour, linewidth=0.9, linestyle="--" if predicted else "-", zorder=2)
     if marks:
         heights = [record.peak_step_bytes / tables.MIB for _, record in marks]
-        ax.plot([place for place, _ in marks], heights, linestyle="none", zorder=3, **look)
+        ax.plot([place for place, _ in marks], heights, linestyle="none", zorder=3 - 0.5 * predicted, **look)
     if missing:
         ax.plot(
             missing,

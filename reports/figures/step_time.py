@@ -65,6 +65,11 @@ def draw(workload: str, groups: Panels, layout: Layout = WIDE) -> Sheet:
     return sheet
 
 
+def timed(groups: Panels) -> bool:
+    """Whether any of the records has a time: predictions have none, nor have runs of no rounds."""
+    return any(value is not None for r in panels.flat(groups) for value in (r.step_time_s, r.step_time_ratio))
+
+
 def describe(workload: str, groups: Panels) -> str:
     """What `draw` shows, in words."""
     entries = {

@@ -144,6 +144,25 @@ def hostile() -> list[Record]:
     ]
 
 
+def for_cards() -> list[Record]:
+    """Predictions for CUDA, of which some must fit on a card, beside measurements of the same."""
+    cuda = {"device": "cuda", "device_semantics": "cuda", "step_time_s": None, "timeline": None}
+    sizes = {"peak_reserved_bytes": 20 * 2**30, "peak_requested_bytes": 2**30, "peak_preparation_bytes": 2**31}
+    measurements = [measured(number, **cuda, **sizes) for number in range(3)]
+    predictions = [replace(one, source="predicted", gpu="9.0", device_name=None) for one in measurements]
+    first = predictions[0]
+    return [
+        *measurements,
+        *predictions,
+        replace(first, peak_preparation_bytes=30 * 2**30, resident_bytes=7),
+        replace(first, peak_step_bytes=3 * 2**40, peak_reserved_bytes=3 * 2**40, train_rest="none"),
+        replace(first, gpu=MARKUP, attention="sdpa", attention_kernel=MARKUP, fits=False, gpu_memory_bytes=48 * 2**30),
+        replace(first, model="large", gpu_memory_bytes=16 * 2**30, fits=False, oom_phase=MARKUP),
+        replace(first, model="large", peak_reserved_bytes=10**40),
+        failed(9, "refused", source="predicted", **cuda),
+    ]
+
+
 RECORDS = {
     "none": list,
     "one": lambda: [measured(3)],
@@ -151,6 +170,7 @@ RECORDS = {
     "every status": every_status,
     "absurd": absurd,
     "hostile": hostile,
+    "for cards": for_cards,
 }
 
 # Finds what is wrong with a document as it is shown now; returns [kind, text] of each defect, at most ten of a kind.
@@ -441,7 +461,7 @@ def test_every_record_is_a_row_once(opened, written):
     assert sorted(labels) == sorted(record.label for record in written("five hundred")[1])
 
 
-@pytest.mark.parametrize("name", ["one", "five hundred", "every status", "absurd"])
+@pytest.mark.parametrize("name", ["one", "five hundred", "every status", "absurd", "for cards"])
 def test_missing_is_never_zero_and_zero_never_missing(name, opened):
     cells = [
         cell for table in opened(name).evaluate(ROWS) for row in table["rows"] for cell in row["cells"] if "key" in cell

@@ -140,6 +140,13 @@ def test_predicted_is_hollow_and_dashed():
     assert "hollow: predicted" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def test_measured_mark_is_seen_upon_a_prediction_that_is_the_same():
+    (ax,) = draw([of_size(SIZES[0], source=source) for source in ("measured", "predicted")]).axes
+    measured, predicted = (line for line in ax.lines if line.get_marker() == "o")
+    assert measured.get_zorder() > predicted.get_zorder()
+    assert measured.get_markersize() < predicted.get_markersize()
+
+
 def test_what_is_left_out_is_counted():
     records = [of_size((number + 1, 3)) for number in range(by_size.MOST_SIZES + 2)]
     records += [of_size((1, 3), f"method {number}") for number in range(by_size.MOST_METHODS + 3)]

@@ -28,6 +28,17 @@ LORA = Record(
     commit="abc123-dirty",
 )
 FULL = replace(LORA, method="full", budget=None, matched=False, peak_step_bytes=60 * MIB)
+CUDA = replace(
+    LORA,
+    model="llama",
+    source="predicted",
+    device="cuda",
+    device_semantics="cuda",
+    gpu="a100",
+    peak_reserved_bytes=2**34,
+    peak_preparation_bytes=2**30,
+    step_time_s=None,
+)
 HOSTILE = "<script>alert(1)</script>\"'&</td>{{ 7 * 7 }}"
 VOID = {"meta", "img", "br", "source", "link", "input", "hr"}
 
@@ -80,6 +91,7 @@ def quick_figures(monkeypatch):
 
     kinds = tuple(replace(kind, draw=Blank) for kind in page.KINDS)
     monkeypatch.setattr(page, "KINDS", kinds)
+    monkeypatch.setattr(page, "FIT", replace(page.FIT, draw=Blank))
     monkeypatch.setattr(by_size, "draw", Blank)
 
 
@@ -134,6 +146,83 @@ def test_figure_by_size_only_where_there_are_layers(tmp_path):
     document = written([replace(LORA, model="roberta")], tmp_path)
     assert len(document.all("figure")) == len(page.KINDS)
     assert not (tmp_path / "peak-by-size.png").exists()
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_figure_of_times_only_where_there_are_times(tmp_path):
+    untimed = replace(LORA, model="roberta", step_time_s=None)
+    written([LORA, replace(FULL, step_time_s=None), untimed], tmp_path)
+    assert (tmp_path / "step-time-1.png").exists()
+    assert not (tmp_path / "step-time-2.png").exists()
+    assert (tmp_path / "counts-2.png").exists()
+
+
+def test_what_fits_is_a_figure_a_caption_and_a_table(tmp_path):
+    refused = replace(CUDA, method="sparsegrad", status="refused", reason="why")
+    regimes = {"all": [CUDA, refused], "none": [replace(CUDA, train_rest="none")]}
+    document = written([LORA, *regimes["all"], *regimes["none"]], tmp_path)
+    assert (tmp_path / "fit-2.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "fit-1.png").exists()
+    title = "llama, batch 1, seq 17, float32, CUDA"
+    assert {attrs.get("id"): text for attrs, text in document.all("h3")}["fit-2"] == title
+    assert title in [text for attrs, text in document.all("a") if attrs["href"] == "#workload-2"]
+    images = [attrs for attrs, _ in document.all("img") if attrs["alt"] == page.FIT.describe(title, regimes)]
+    assert [base64.b64decode(attrs["src"].split(",", 1)[1]) for attrs in images] == [
+        page.FIT.draw(title, regimes, layout).svg() for layout in (sheet.WIDE, sheet.NARROW)
+    ]
+    (caption,) = [text for _, text in document.all("figcaption") if text.startswith("What a card must have")]
+    assert "512 MiB for the CUDA context, an assumption" in caption
+    assert caption.endswith("was not obtained. Predicted for the kernels of a100 (attention: none).")
+    # The table that the figure stands on, with an outcome for each size of card.
+    regions = [attrs["aria-labelledby"] for attrs, _ in document.all("div") if attrs.get("role") == "region"]
+    assert [name for name in regions if name.startswith("fit")] == ["fit-2-all", "fit-2-none"]
+    words = [text for attrs, text in document.all("td") if text in ("fits", "tight", "does not fit", "refused")]
+    # 16.5 GiB are held, and next to nothing is allocated.
+    assert words == [*["tight", "fits", "fits", "fits"], *["refused"] * 4, *["tight", "fits", "fits", "fits"]]
+
+
+@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.parametrize(
+    "records",
+    [[LORA, FULL], [replace(CUDA, source="measured")], [replace(CUDA, model="block 7x13")]],
+    ids=["cpu", "measured", "block"],
+)
+def test_nothing_asks_what_fits_without_a_prediction_for_cuda(records, tmp_path):
+    document = written(records, tmp_path)
+    assert "Does it fit" not in [text for _, text in document.all("h2")]
+    assert list(tmp_path.glob("fit-*")) == []
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_prediction_stands_beside_measurement(tmp_path):
+    predicted = replace(LORA, source="predicted", resident_bytes=11 * MIB)
+    document = written([FULL, LORA, predicted], tmp_path)
+    assert "Prediction beside measurement" in [text for _, text in document.all("h2")]
+    assert "1 pair of a measurement and a prediction, 1 figure: 0 agree to the byte." in document.text
+    assert "1.00 MiB, or 10.00\u00a0%, above the 10.00 MiB measured" in document.text
+    ((_, table),) = [found for found in document.all("table") if "bytes compared" in found[1]]
+    assert table.split()[-6:] == ["lora[7]", "resident", "10.00", "11.00", "1.00", "10.00"]
+    assert "measured on: some processor" in [text for _, text in document.all("li")]
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_no_section_without_a_pair(tmp_path):
+    document = written([LORA, replace(FULL, source="predicted"), CUDA], tmp_path)
+    assert "Prediction beside measurement" not in [text for _, text in document.all("h2")]
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_bytes_of_cuda_and_of_the_cpu_stand_in_no_ratio_and_on_no_axis(tmp_path):
+    cuda = replace(CUDA, model=FULL.model, source="measured")
+    document = written([FULL, replace(cuda, peak_step_bytes=30 * MIB)], tmp_path)
+    assert "Workloads marked CUDA" in document.text
+    bars = [attrs["style"] for attrs, _ in document.all("span") if attrs.get("style", "").startswith("width")]
+    # Each is the largest of its own row.
+    assert [bar.split(";")[0] for bar in bars] == ["width: 100.0%"] * 2
+    assert [text for attrs, text in document.all("h2") if attrs["id"].startswith("workload")] == [
+        "layer 7x13, batch 1, seq 17, float32",
+        "layer 7x13, batch 1, seq 17, float32, CUDA",
+    ]
 
 
 @pytest.mark.usefixtures("quick_figures")

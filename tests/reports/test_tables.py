@@ -48,6 +48,18 @@ def test_mib(size, text):
 
 
 @pytest.mark.parametrize(
+    ("size", "text"), [(None, tables.MISSING), (0, "0"), (3 * 2**29, "1.50"), (1, "<0.01"), (2**40, "1,024.00")]
+)
+def test_gib(size, text):
+    assert tables.gib(size) == text
+
+
+@pytest.mark.parametrize(("part", "text"), [(None, tables.MISSING), (Fraction(-1, 8), "-12.50"), (Fraction(0), "0")])
+def test_percent(part, text):
+    assert tables.percent(part) == text
+
+
+@pytest.mark.parametrize(
     ("entries", "text"),
     [(None, tables.MISSING), (0, "0"), (999, "999"), (1234567, "1,234,567"), (10**30, "≈10^30.0")],
 )
@@ -178,6 +190,34 @@ def test_pairing_and_rounds_are_circumstances_and_part_of_no_name():
     assert tables.variation(LORA, [LORA, replace(LORA, seed=3)]) == "seed 0"
 
 
+def test_what_a_prediction_or_a_failure_cannot_know_is_no_part_of_a_name():
+    ran = replace(LORA, device_name="some processor", threads=2, padding_fraction=0.5, attention="sdpa")
+    predicted = replace(ran, source="predicted", device_name=None, threads=None, gpu="t4")
+    failed = replace(ran, status="refused", padding_fraction=None)
+    assert {tables.variation(record, [ran, predicted, failed]) for record in (ran, predicted, failed)} == {""}
+    # The table has them all the same.
+    assert set(tables.differing_circumstances([ran, predicted])) == {"source", "device_name", "threads", "gpu"}
+    other = replace(predicted, gpu="a100")
+    group = [ran, predicted, other]
+    assert [tables.variation(record, group) for record in group] == ["", "gpu t4", "gpu a100"]
+    # Of a run that ended ok it says something: there is no attention.
+    assert tables.variation(replace(ran, attention=None), [ran, replace(ran, attention=None)]) == "attention —"
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ("layer 7x13", ("layer", 7, 13)),
+        ("block 1024x4096", ("block", 1024, 4096)),
+        ("roberta-base", None),
+        ("my layer 7x13", None),
+        ("layer 7x13x2", None),
+    ],
+)
+def test_layers_and_blocks_of_no_model_are_known_by_name(model, shape):
+    assert tables.alone(model) == shape
+
+
 def test_no_ratio_columns_without_the_reference():
     headings = [column.heading for column in tables.results_table([SPARSE]).columns if column.group == "ratio"]
     assert headings == []
@@ -189,6 +229,7 @@ def test_no_ratio_columns_without_the_reference():
         {"status": "diverged", "reason": "loss"},
         {"source": "predicted"},
         {"device_semantics": "cuda"},
+        {"gpu": "t4"},
         {"attention": "sdpa"},
         {"threads": 3},
         {"peak_step_bytes": None},
@@ -231,6 +272,16 @@ def test_groups_span_all_columns():
     table = tables.results_table([LORA, FULL])
     assert sum(span for _, span in table.groups) == len(table.columns)
     assert all(len(row.cells) == len(table.columns) for row in table.rows)
+
+
+def test_kernels_of_cuda_and_of_the_cpu_are_workloads_of_their_own():
+    cuda = replace(LORA, device_semantics="cuda", source="predicted")
+    groups = tables.by_workload([LORA, cuda, SPARSE])
+    assert [regimes for regimes in groups.values()] == [{"all": [LORA, SPARSE]}, {"all": [cuda]}]
+    assert [workload.title for workload in groups] == [
+        "layer 7x13, batch 1, seq 17, float32",
+        "layer 7x13, batch 1, seq 17, float32, CUDA",
+    ]
 
 
 def test_workloads_and_regimes_are_kept_apart_and_in_order():
