@@ -1,8 +1,8 @@
 """Predictions held against training steps that others measured on a GPU: `python -m benchmarks.validation`.
 
 The steps are those of `harness/measured.py`; they are taken as their authors took them, which is not the harness's
-protocol: peft's LoRA, one step of warm-up, and an output object that lives until the optimizer has stepped. No number of
-the prediction was fitted to them. Two choices between what PyTorch's sources allow were made with rows in view: the
+protocol: peft's LoRA, one step of warm-up, and an output object that lives until the optimizer has stepped. No number
+of the prediction was fitted to them. Two choices between what PyTorch's sources allow were made with rows in view: the
 order of the segments' addresses (`harness/caching_allocator.py`) with five of the first ten, where it moves reserved
 bytes alone; and that cuBLASLt's workspace is one of its own (`harness/cuda_kernels.py`) with the four of Qwen 2.5.
 """
@@ -114,7 +114,8 @@ def main(tables: Sequence[Path] = (T4_LORA, T4_MORE)) -> int:
         digits = 2 if step.resolution_mib < 1 else 0
         for name, value in predicted_step(step).items():
             measured = getattr(step, name)
-            cells.append(f"{measured:.{digits}f} | {value / measured - 1:+.3%}")
+            difference = round(value / measured - 1, 5) or 0.0  # of either sign
+            cells.append(f"{measured:.{digits}f} | {difference:+.3%}")
         print(f"| {step.label} | " + " | ".join(cells) + " |", flush=True)
     return 0
 

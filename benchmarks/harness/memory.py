@@ -164,7 +164,8 @@ class Tracker(TorchDispatchMode):
         """Run the operation, then note the storages that it returned and the arguments not seen before."""
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return func(*args, **kwargs)  # a fake tensor is asked for its device
+            # A fake tensor is asked for its device, oftener than for anything else.
+            return args[0].fake_device if self.fake else func(*args, **kwargs)
         for tensor in tensors_of((args, kwargs)):
             self._see(tensor)
         if func is torch.ops.aten.clone.default and args[0].layout == torch.sparse_coo and _called_by_autograd():
