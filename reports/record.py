@@ -119,7 +119,9 @@ class Record:
     peak_reserved_bytes: int | None = _f("CUDA: most bytes the caching allocator held in a step")
     gpu_memory_bytes: int | None = _f("predictions for CUDA: the card's memory that `fits` asks about")
     fits: bool | None = _f("predictions for CUDA: whether preparation and training fit in gpu_memory_bytes")
-    oom_phase: str | None = _f("where they do not fit: the phase that runs out of memory first")
+    oom_phase: str | None = _f(
+        "where they do not fit: what runs out of memory first: loading, preparation, forward, backward or optimizer"
+    )
     nvml_process_bytes: int | None = _f(
         "CUDA: what the driver charges the process when the step is over, its context and libraries included"
     )

@@ -156,7 +156,7 @@ def _fits(log: Sequence[Event], memory_bytes: int) -> dict[str, object]:
     try:
         Replay(CachingAllocator(max(0, memory_bytes - CONTEXT_BYTES))).feed(log)
     except OutOfMemory as error:
-        return {"fits": False, "oom_phase": error.phase}
+        return {"fits": False, "oom_phase": "loading" if error.phase == "idle" else error.phase}
     return {"fits": True}
 
 
