@@ -8,21 +8,24 @@ import math
 import re
 import signal
 import sys
-import time
-from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reports.record import Record, RecordError, dumps, read, unwritable, write
+from benchmarks.collect import check_destination, collect, say
+from benchmarks.harness.fit import MOST
+from benchmarks.options import checkpoints, fields, integer, memory, several, shape, single
+from reports.record import RecordError, read, unwritable
 
 if TYPE_CHECKING:
     from benchmarks.harness.spec import RunSpec
     from benchmarks.harness.turns import Done
 
 OK, USAGE = 0, 2
-# As benchmarks/harness/predict.py has them; that file imports torch.
+# As the harness has them, whose files import torch.
 PREDICTED_DEVICES = ("cuda", "cpu")
+ATTENTIONS = ("eager", "sdpa", "sdpa-efficient", "sdpa-flash")
+OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 
 RUN_EXAMPLES = """examples:
   sparsegrad-bench run --model minilm-l6 --methods full,lora[7],sparsegrad --equal-trainable lora[7] --json -
@@ -32,7 +35,12 @@ RUN_EXAMPLES = """examples:
 PREDICT_EXAMPLES = """examples:
   sparsegrad-bench predict --model llama-2-7b --methods lora[7] --batch 1 --seq 512 --dtype bfloat16
   sparsegrad-bench predict --model bert-base --methods all --equal-trainable lora[7] --json bert.json
-  sparsegrad-bench predict --block 4096x11008 --methods all --batch 1 --seq 2048 --dtype bfloat16
+  sparsegrad-bench predict --model bert-base,roberta-large --methods lora[7],sparsegrad --batch 8,32 --gpu t4,h100
+  sparsegrad-bench predict --model llama-2-7b --methods lora[7] --train-rest none --gpu-memory 80GiB --max batch
+"""
+EQUAL_MEMORY_EXAMPLES = """examples:
+  sparsegrad-bench equal-memory --model bert-base --reference lora[7] --methods all --json equal.json
+  sparsegrad-bench equal-memory --block 4096x11008 --reference lora[7] --metric resident_bytes --dtype bfloat16
 """
 REPORT_EXAMPLES = """examples:
   sparsegrad-bench report results/records.json --out results
@@ -48,24 +56,31 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_predict(commands)
+    _add_equal_memory(commands)
     _add_report(commands)
     return root
 
 
 def _shared_options() -> argparse.ArgumentParser:
-    """What `run` and `predict` both take: the workload, the methods, and how they train."""
+    """What all commands but `report` take: the workload, the methods, and how they train."""
     shared = argparse.ArgumentParser(add_help=False)
     what = shared.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--model", help="packaged checkpoint, preset, path of a config.json or its directory; ORG/NAME with --hub"
+        "--model",
+        type=checkpoints,
+        default=(None,),
+        help="packaged checkpoint, preset, path of a config.json or its directory; ORG/NAME with --hub",
     )
-    what.add_argument("--layer", type=_shape, metavar="D_INxD_OUT", help="one linear layer")
-    what.add_argument("--block", type=_shape, metavar="D_INxD_OUT", help="two MLP blocks: up, GELU, down, twice")
+    what.add_argument("--layer", type=several(shape), default=(None,), metavar="D_INxD_OUT", help="one linear layer")
+    what.add_argument(
+        "--block",
+        type=several(shape),
+        default=(None,),
+        metavar="D_INxD_OUT",
+        help="two MLP blocks: up, GELU, down, twice",
+    )
     shared.add_argument(
         "--methods", default="all", help="comma-separated names with a budget in brackets, or all (default)"
-    )
-    shared.add_argument(
-        "--equal-trainable", metavar="METHOD", help="match every other budget to this one's, e.g. lora[7]"
     )
     shared.add_argument(
         "--data", help="text to train on (default: trec for encoders, movie for decoders); glue/TASK with --hub"
@@ -76,17 +91,24 @@ def _shared_options() -> argparse.ArgumentParser:
         "--train-rest", choices=("all", "none"), default="all", help="whether the rest trains too (default: all)"
     )
     shared.add_argument("--adapter-dtype", choices=("same", "float32"), default="same")
-    shared.add_argument("--batch", type=int, default=16)
-    shared.add_argument("--seq", type=int, default=128)
-    shared.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16 or float64")
+    shared.add_argument("--batch", type=several(integer), default="16")
+    shared.add_argument("--seq", type=several(integer), default="128")
+    shared.add_argument(
+        "--dtype", type=several(str), default="float32", help="float32 (default), bfloat16, float16 or float64"
+    )
     shared.add_argument(
         "--attention",
-        choices=("eager", "sdpa", "sdpa-efficient", "sdpa-flash"),
+        type=several(str),
         default="sdpa",
+        metavar=_alternatives(ATTENTIONS),
         help="sdpa (default): the kernel that torch picks; behind a hyphen, one of CUDA's that it is held to",
     )
     shared.add_argument(
-        "--optimizer-impl", choices=("for-loop", "foreach", "fused"), default=None, help="default: torch's own"
+        "--optimizer-impl",
+        type=several(str),
+        default=(None,),
+        metavar=_alternatives(OPTIMIZER_IMPLS),
+        help="default: torch's own",
     )
     shared.add_argument("--checkpointing", action="store_true", help="activation checkpointing (models)")
     shared.add_argument("--lr", type=float, default=1e-4)
@@ -100,6 +122,35 @@ def _shared_options() -> argparse.ArgumentParser:
     return shared
 
 
+def _alternatives(words: Sequence[str]) -> str:
+    return f"{{{','.join(words)}}}"
+
+
+def _prediction_options() -> argparse.ArgumentParser:
+    """What the commands that predict take besides: whose memory behaviour is meant."""
+    prediction = argparse.ArgumentParser(add_help=False)
+    prediction.add_argument(
+        "--device", choices=PREDICTED_DEVICES, default="cuda", help="whose memory behaviour to predict (default: cuda)"
+    )
+    prediction.add_argument(
+        "--gpu",
+        type=several(str.lower),
+        default=(None,),
+        metavar="NAME|X.Y",
+        help="the card, by name (t4, a100, rtx-4090, ...) or compute capability (9.0)",
+    )
+    prediction.add_argument(
+        "--gpu-memory", type=memory, metavar="24GiB", help="say for each method whether it fits in so much"
+    )
+    return prediction
+
+
+def _add_equal_trainable(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--equal-trainable", metavar="METHOD", help="match every other budget to this one's, e.g. lora[7]"
+    )
+
+
 def _add_run(commands) -> None:
     run = commands.add_parser(
         "run",
@@ -110,6 +161,7 @@ def _add_run(commands) -> None:
         epilog=RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_equal_trainable(run)
     run.add_argument(
         "--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is a GPU, else cpu"
     )
@@ -143,23 +195,45 @@ def _add_run(commands) -> None:
 def _add_predict(commands) -> None:
     predict = commands.add_parser(
         "predict",
-        parents=[_shared_options()],
+        parents=[_shared_options(), _prediction_options()],
         help="what a run would measure, without its memory",
         description="Run the measured protocol on fake tensors, which have shapes and no memory: the same records "
-        "without times, losses and kernels' own workspaces. Progress goes to stderr.",
+        "without times, losses and kernels' own workspaces.\nProgress goes to stderr.\n\n"
+        "--model, --layer, --block, --batch, --seq, --dtype, --attention, --optimizer-impl and --gpu take several "
+        "values,\nseparated by commas: every combination is predicted, the first of these options slowest, --methods "
+        "fastest.",
         epilog=PREDICT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_equal_trainable(predict)
     predict.add_argument(
-        "--device", choices=PREDICTED_DEVICES, default="cuda", help="whose memory behaviour to predict (default: cuda)"
-    )
-    predict.add_argument(
-        "--gpu", metavar="NAME|X.Y", help="the card, by name (t4, a100, rtx-4090, ...) or compute capability (9.0)"
-    )
-    predict.add_argument(
-        "--gpu-memory", type=_memory, metavar="24GiB", help="say for each method whether it fits in so much"
+        "--max",
+        choices=("batch", "seq"),
+        help="for each method the largest batch or seq that fits in --gpu-memory, sought from the one that is given: a "
+        f"batch of up to {MOST['batch']}, a seq of up to the model's longest, or {MOST['seq']} where it has none",
     )
     predict.set_defaults(handler=_predict)
+
+
+def _add_equal_memory(commands) -> None:
+    equal = commands.add_parser(
+        "equal-memory",
+        parents=[_shared_options(), _prediction_options()],
+        help="the largest budget of each method that needs no more memory than a reference",
+        description="For each method that has a budget and was not given one, the largest integer budget whose "
+        "predicted metric is no more than the reference's.\nRecords have the reference first where it is among the "
+        "methods; a table and progress go to stderr.",
+        epilog=EQUAL_MEMORY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    equal.add_argument("--reference", required=True, metavar="METHOD", help="whose memory all get, e.g. lora[7]")
+    equal.add_argument(
+        "--metric",
+        default="peak_step_bytes",
+        metavar="FIELD",
+        help="the field of bytes that is matched (default: peak_step_bytes)",
+    )
+    equal.set_defaults(handler=_equal_memory)
 
 
 def _add_report(commands) -> None:
@@ -175,20 +249,6 @@ def _add_report(commands) -> None:
     report.set_defaults(handler=_report)
 
 
-def _shape(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or not all(int(n) for n in match.groups()):
-        raise argparse.ArgumentTypeError(f"write a shape as D_INxD_OUT, for example 768x3072, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def _memory(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|MiB)", text)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"write a size in GiB or MiB, for example 24GiB, got {text!r}")
-    return int(float(match[1]) * 2 ** (30 if match[2] == "GiB" else 20))
-
-
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here so that --help and report answer without torch.
     from benchmarks.harness.pairing import Reference
@@ -201,71 +261,27 @@ def _run(arguments: argparse.Namespace) -> int:
         measure_all(specs, reference, done, arguments.time_limit, arguments.timing_span)
 
     turns = "timed in turns" if specs[0].rounds and not arguments.unpaired else "one after the other"
+    check_destination(arguments.json)
     try:
-        return _collect(specs, turns, obtain, arguments.json)
+        collect(specs, turns, obtain, arguments.json)
     finally:
         if reference is not None:
             reference.close()
-
-
-def _predict(arguments: argparse.Namespace) -> int:
-    from benchmarks.harness.predict import predict
-
-    specs = predict_specs(arguments)
-
-    def obtain(done: Done) -> None:
-        for spec in specs:
-            done(spec, predict(spec), ())
-
-    return _collect(specs, "predicted", obtain, arguments.json)
-
-
-def _collect(specs: Sequence[RunSpec], how: str, obtain: Callable[[Done], None], destination: str) -> int:
-    """Take records as they come, tell how each went, and keep them in the order of the specs."""
-    _check_destination(destination)
-    records: list[Record] = []
-    places: list[int] = []  # of the records, among the specs
-    started = time.monotonic()
-
-    def done(spec: RunSpec, record: Record, _) -> None:
-        place = next(i for i, other in enumerate(specs) if other == spec and i not in places)
-        at = bisect(places, place)
-        places.insert(at, place)
-        records.insert(at, record)
-        passed = time.monotonic() - started
-        _say(f"[{len(records)}/{len(specs)}] {_named(spec)}: {_outcome(record)} (after {passed:.0f} s)")
-        if destination != "-":
-            write(records, destination)
-
-    _say(f"{specs[0].label()}, train-rest {specs[0].train_rest}, {how}: {', '.join(map(_named, specs))} ...")
-    try:
-        obtain(done)
-    finally:
-        # Also when interrupted: what is complete is kept.
-        if destination == "-":
-            sys.stdout.write(dumps(records))
-            sys.stdout.flush()
-    if destination != "-":
-        _say(f"{len(records)} records in {destination}")
-    failed = [record.status for record in records if record.status != "ok"]
-    if failed:
-        _say(f"{len(failed)} of {len(records)} runs did not end ok: {', '.join(failed)}")
     return OK
 
 
-def _named(spec: RunSpec) -> str:
-    return spec.method if spec.budget is None else f"{spec.method}[{spec.budget}]"
+def _predict(arguments: argparse.Namespace) -> int:
+    from benchmarks.predictions import predict_command
+
+    predict_command(arguments)
+    return OK
 
 
-def _check_destination(path: str) -> None:
-    """Raise `InputError` now, not after minutes of measuring, where records cannot be written."""
-    from benchmarks.harness.errors import InputError
+def _equal_memory(arguments: argparse.Namespace) -> int:
+    from benchmarks.predictions import equal_memory_command
 
-    if path == "-":
-        if sys.stdout is None:
-            raise InputError("standard output is closed; give --json PATH")
-    elif reason := unwritable(path):
-        raise InputError(f"--json {path} cannot be written: {reason}")
+    equal_memory_command(arguments)
+    return OK
 
 
 def run_specs(arguments: argparse.Namespace) -> list:
@@ -273,6 +289,7 @@ def run_specs(arguments: argparse.Namespace) -> list:
     import torch
 
     from benchmarks.harness.errors import InputError
+    from benchmarks.harness.plan import plan
 
     if not arguments.time_limit > 0:
         raise InputError(f"--time-limit must be positive, got {arguments.time_limit}")
@@ -286,7 +303,9 @@ def run_specs(arguments: argparse.Namespace) -> list:
     if arguments.snapshot is not None:
         _check_snapshot(arguments.snapshot, device)
     # Fixed here, so that every worker has the same.
-    specs = _specs(arguments, device=device, threads=arguments.threads or torch.get_num_threads())
+    threads = arguments.threads or torch.get_num_threads()
+    common = fields(single(arguments), device=device, threads=threads)
+    specs = plan(arguments.methods, arguments.equal_trainable, **common)
     if arguments.snapshot is None or len(specs) == 1:
         return specs
     return [dataclasses.replace(spec, snapshot=_snapshot_of(spec)) for spec in specs]
@@ -306,46 +325,8 @@ def _check_snapshot(path: str, device: str) -> None:
 def _snapshot_of(spec: RunSpec) -> str:
     """The path of one method's snapshot among several: its label before the suffix, without brackets."""
     path = Path(spec.snapshot)
-    label = re.sub(r"[^\w.]+", "-", _named(spec)).strip("-")
+    label = re.sub(r"[^\w.]+", "-", spec.method_label).strip("-")
     return str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
-
-
-def predict_specs(arguments: argparse.Namespace) -> list:
-    """The predictions that a command line asks for, checked as far as no model is needed. Raises for bad input."""
-    return _specs(arguments, device=arguments.device, rounds=0, gpu_memory_bytes=arguments.gpu_memory)
-
-
-def _specs(arguments: argparse.Namespace, device: str, **fixed: object) -> list:
-    from benchmarks.harness.errors import InputError
-    from benchmarks.harness.plan import plan
-    from benchmarks.harness.spec import RunSpec
-
-    for name in ("calibration_steps", "lr"):
-        if not getattr(arguments, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
-    if not 0 <= arguments.seed < 2**32:
-        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
-    names = {f.name for f in dataclasses.fields(RunSpec)} - {"equal_trainable"}
-    common = {key: value for key, value in vars(arguments).items() if key in names}
-    # torch's own choice: foreach on CUDA, a loop over the parameters elsewhere.
-    impl = arguments.optimizer_impl or ("foreach" if device == "cuda" else "for-loop")
-    return plan(
-        arguments.methods,
-        arguments.equal_trainable,
-        **{**common, "optimizer_impl": impl, "device": device, **fixed},
-    )
-
-
-def _outcome(record: Record) -> str:
-    if record.status != "ok":
-        return f"{record.status}: {record.reason}"
-    step = "" if record.step_time_s is None else f", {record.step_time_s * 1e3:.0f} ms a step"
-    if record.step_time_ratio is not None:
-        step += f", {record.step_time_ratio:.2f} of full fine-tuning's"
-    if record.fits is not None:
-        room = f"{record.gpu_memory_bytes / 2**30:g} GiB"
-        step += f", fits in {room}" if record.fits else f", does NOT fit in {room} ({record.oom_phase})"
-    return f"ok, peak {record.peak_step_bytes / 2**20:.1f} MiB{step}"
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -353,12 +334,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
     records = [record for path in arguments.records for record in read(path)]
     page = write_report(records, arguments.out)
-    _say(f"{len(records)} records; page: {page}")
+    say(f"{len(records)} records; page: {page}")
     return OK
-
-
-def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -372,13 +349,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The packages' own errors for input that a person can put right; others keep their traceback.
         if not _is_input_error(error):
             raise
-        _say(f"sparsegrad-bench: {error}")
+        say(f"sparsegrad-bench: {error}")
         return USAGE
     except KeyboardInterrupt:
-        _say("\nsparsegrad-bench: interrupted; the records that were complete are kept")
+        say("\nsparsegrad-bench: interrupted; the records that were complete are kept")
         return 130
     except OSError as error:
-        _say(f"sparsegrad-bench: {error}")
+        say(f"sparsegrad-bench: {error}")
         return USAGE
 
 

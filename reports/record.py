@@ -68,9 +68,13 @@ class Record:
     )
     budget: int | float | str | None = _f("the method's knob as given: an integer count, a density in (0, 1], or AxB")
     matched: bool | None = _f(
-        "with equal_trainable: whether the budget was matched (False: the method has none, or was given its own)"
+        "with equal_trainable or equal_memory: whether the budget was matched (False: the method has none, was given "
+        "its own, or reason says why none fits)"
     )
     equal_trainable: str | None = _f("the reference whose budget_params the other methods were matched to")
+    equal_memory: str | None = _f(
+        "the reference and the metric that budgets were matched to: each is the largest whose metric is no more"
+    )
     targets: str = _f("which linear layers the method acts on", "mlp")
     train_rest: str = _f(
         "all: everything outside the target weights trains too; none: only the method's own and the head",
@@ -96,7 +100,7 @@ class Record:
     device_semantics: str = _f("whose kernels' memory behaviour the figures describe: cpu or cuda", "cpu")
     source: str = _f("measured or predicted", "measured")
     status: str = _f("ok, oom, killed, crashed, timeout, diverged or refused", "ok")
-    reason: str | None = _f("why the status is not ok")
+    reason: str | None = _f("why the status is not ok, or why no budget could be matched")
 
     # --- memory, bytes
     resident_bytes: int | None = _f(

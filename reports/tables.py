@@ -42,6 +42,7 @@ CIRCUMSTANCES = (
     *CONDITIONS,
     "attention_kernel",
     "equal_trainable",
+    "equal_memory",
     "padding_fraction",
     "lr",
     "seed",
@@ -61,7 +62,7 @@ ENVIRONMENT = (
     "allocator",
 )
 # What is not said beside a name: how figures draw a prediction, a reference that all share, how steps were timed.
-_NOT_NAMED = ("source", "equal_trainable", "pairing", "timed_rounds")
+_NOT_NAMED = ("source", "equal_trainable", "equal_memory", "pairing", "timed_rounds")
 # What only a prediction says.
 _PREDICTIONS_OWN = ("gpu", "attention_kernel")
 # Ratios of peaks are taken to these methods, where a table has them.
@@ -147,6 +148,8 @@ def status(record: Record) -> str:
 def matching(record: Record) -> str:
     """Whether the method's budget was matched to the reference's, and why it was not."""
     if record.matched is False:
+        if record.status == "ok" and record.reason:
+            return f"{UNMATCHED}: {record.reason}"
         return f"{UNMATCHED}: {'no budget to match' if record.budget is None else 'a budget of its own'}"
     return "matched" if record.matched else MISSING
 

@@ -12,6 +12,7 @@ from benchmarks import cli
 from benchmarks.harness import models, pairing, turns, worker
 from benchmarks.harness.predict import SEMANTICS
 from benchmarks.harness.spec import RunSpec
+from benchmarks.options import single
 from reports.record import read
 
 LAYER = [
@@ -182,7 +183,8 @@ PREDICT = ["predict", *LAYER[1 : LAYER.index("--rounds")]]
 
 
 def test_predict_prints_records_in_the_order_of_methods(capsys):
-    assert cli.main([*PREDICT, "--methods", "sparsegrad,full,lora[2]", "--equal-trainable", "lora[2]"]) == 0
+    arguments = [*PREDICT, "--methods", "sparsegrad,full,lora[2]", "--equal-trainable", "lora[2]", "--device", "cpu"]
+    assert cli.main(arguments) == 0
     out, err = capsys.readouterr()
     records = json.loads(out)
     assert [r["method"] for r in records] == ["sparsegrad", "full", "lora"]
@@ -214,16 +216,16 @@ def test_a_refused_prediction_does_not_end_the_table(capsys, tmp_path):
 
 def test_predict_and_run_share_their_options():
     run, predict = (vars(cli.parser().parse_args([command, "--layer", "2x3"])) for command in ("run", "predict"))
-    differing = {"command", "device", "handler"}
+    differing = {"command", "device", "handler", "gpu", "gpu_memory", "max"}
     assert {name: run[name] for name in predict if name not in differing} == {
         name: value for name, value in predict.items() if name not in differing
     }
     assert run.keys() - predict.keys() == {"rounds", "snapshot", "threads", "time_limit", "timing_span", "unpaired"}
-    assert cli.PREDICTED_DEVICES == SEMANTICS
+    assert predict.keys() - run.keys() == {"gpu", "gpu_memory", "max"}
 
 
 def test_defaults_and_choices_are_those_of_the_harness():
-    run = cli.parser().parse_args(["run", "--layer", "2x3"])
+    run = single(cli.parser().parse_args(["run", "--layer", "2x3"]))
     spec = RunSpec(method="full")
     for name in ("data", "hub", "targets", "train_rest", "adapter_dtype", "batch", "seq", "dtype", "attention"):
         assert getattr(run, name) == getattr(spec, name), name
@@ -231,12 +233,9 @@ def test_defaults_and_choices_are_those_of_the_harness():
         assert getattr(run, name) == getattr(spec, name), name
     assert run.timing_span == turns.SPAN_S
     assert run.time_limit == worker.DEFAULT_TIME_LIMIT_S
-    known = {
-        "--train-rest": method.TRAIN_REST,
-        "--adapter-dtype": method.ADAPTER_DTYPES,
-        "--optimizer-impl": method.OPTIMIZER_IMPLS,
-        "--attention": models.ATTENTIONS,
-    }
+    assert cli.PREDICTED_DEVICES == SEMANTICS
+    assert (cli.OPTIMIZER_IMPLS, cli.ATTENTIONS) == (method.OPTIMIZER_IMPLS, models.ATTENTIONS)
+    known = {"--train-rest": method.TRAIN_REST, "--adapter-dtype": method.ADAPTER_DTYPES}
     for option, words in known.items():
         for word in words:
             cli.parser().parse_args(["run", "--layer", "2x3", option, word])
@@ -258,7 +257,9 @@ def test_defaults_and_choices_are_those_of_the_harness():
         ),
         (["--layer", "12x20", "--seed", "99999999999999999999"], "--seed must be from 0 to 4294967295"),
         (["--layer", "12x20", "--batch", "0"], "batch must be at least 1, got 0"),
-        (["--layer", "12x20", "--dtype", "int8"], "dtype must be one of"),
+        (["--layer", "12x20", "--dtype", "int8"], "float64, which AdamW steps, got 'int8'"),
+        (["--layer", "12x20", "--attention", "linear"], "--attention must be one of eager, sdpa, sdpa-efficient"),
+        (["--layer", "12x20", "--optimizer-impl", "fast"], "--optimizer-impl must be one of for-loop, foreach, fused"),
         (["--layer", "12x20", "--lr", "-1"], "--lr must be positive"),
         (["--layer", "12x20", "--targets", "attention"], "no family is known"),
         (["--model", "minilm-l6", "--targets", "nothing"], "no linear layer of"),
@@ -283,8 +284,9 @@ def test_bad_input_is_one_clear_line(command, arguments, message, capsys):
         ["run", "--layer", "0x3"],
         ["run", "--layer", "12x20", "--model", "minilm-l6"],
         ["run", "--layer", "12x20", "--train-rest", "some"],
+        ["run", "--layer", "12x20", "--batch", "two"],
         ["predict"],
-        ["predict", "--layer", "12x20", "--device", "cuda"],
+        ["predict", "--layer", "12x20", "--device", "tpu"],
         ["predict", "--layer", "12x20", "--rounds", "3"],
         ["nonsense"],
     ],
@@ -311,7 +313,7 @@ def test_help_needs_no_torch():
 
 
 def test_every_command_has_examples(capsys):
-    for command in ("run", "predict", "report"):
+    for command in ("run", "predict", "equal-memory", "report"):
         with pytest.raises(SystemExit) as error:
             cli.main([command, "--help"])
         assert error.value.code == 0

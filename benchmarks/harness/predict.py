@@ -91,9 +91,6 @@ def predict(spec: RunSpec) -> Record:
         raise InputError(f"the semantics of a prediction must be one of {', '.join(SEMANTICS)}, got {spec.device!r}")
     if spec.device == "cuda":
         spec = replace(spec, gpu=spec.gpu or cards.DEFAULT)
-        cards.card(spec.gpu)
-    elif spec.gpu is not None or spec.gpu_memory_bytes is not None:
-        raise InputError("--gpu and --gpu-memory go with the semantics of cuda, not with --device cpu")
     # Fake tensors are the CPU's: it has the kernels that torch needs to know what an operation returns.
     workload = spec.workload(device="cpu")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 
 from baselines.method import Budget
-from benchmarks.harness import models
+from benchmarks.harness import cards, models
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.workload import BlockWorkload, LayerWorkload, ModelWorkload, Workload
 from reports.record import Record
@@ -19,6 +19,7 @@ class RunSpec:
     budget: Budget = None
     matched: bool | None = None
     equal_trainable: str | None = None
+    equal_memory: str | None = None
     model: str | None = None
     layer: tuple[int, int] | None = None  # D_in, D_out
     block: tuple[int, int] | None = None
@@ -59,6 +60,10 @@ class RunSpec:
             raise InputError(f"give exactly one of --model, --layer and --block, got {', '.join(named) or 'none'}")
         if self.device == "cpu" and "-" in self.attention:
             raise InputError(f"{self.attention} is a kernel of CUDA's: use --attention eager or sdpa on a CPU")
+        if self.device == "cpu" and (self.gpu is not None or self.gpu_memory_bytes is not None):
+            raise InputError("--gpu and --gpu-memory go with the semantics of cuda, not with --device cpu")
+        if self.gpu is not None:
+            cards.card(self.gpu)
         common = {name: getattr(self, name) for name in ("batch", "seq", "dtype", "seed", "targets")}
         common["device"] = device or self.device
         if self.model is None:
@@ -86,6 +91,11 @@ class RunSpec:
     def blank(self, workload_name: str, **outcome: object) -> Record:
         """A record with this configuration and whatever else is given."""
         return Record(**{**self.configuration(), "model": workload_name, **outcome})
+
+    @property
+    def method_label(self) -> str:
+        """The method with its budget in brackets, as the command line writes it."""
+        return self.method if self.budget is None else f"{self.method}[{self.budget}]"
 
     def label(self) -> str:
         """The workload in words, without building it."""

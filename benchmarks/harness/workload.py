@@ -64,6 +64,7 @@ class Workload(ABC):
 
     name: str
     data: str | None = None
+    longest_seq: int | None = None  # None: as long as memory allows
     # Whether Y outlives backward: a layer's next neighbour holds it, a model's outputs are dropped.
     keeps_outputs: bool = False
 
@@ -72,7 +73,7 @@ class Workload(ABC):
             if value < 1:
                 raise InputError(f"{what} must be at least 1, got {value}")
         if dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, which AdamW steps, got {dtype!r}")
         self.batch, self.seq, self.seed, self.targets = batch, seq, seed, targets
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
 
@@ -251,11 +252,11 @@ class ModelWorkload(Workload):
         **options,
     ):
         super().__init__(**options)
-        longest = getattr(source.config, "max_position_embeddings", None)
+        self.longest_seq = getattr(source.config, "max_position_embeddings", None)
         if "roberta" in source.config.model_type:
-            longest -= source.config.pad_token_id + 1  # where its positions start
-        if longest is not None and self.seq > longest:
-            raise InputError(f"seq must be at most {longest} for {source.name}, got {self.seq}")
+            self.longest_seq -= source.config.pad_token_id + 1  # where its positions start
+        if self.longest_seq is not None and self.seq > self.longest_seq:
+            raise InputError(f"seq must be at most {self.longest_seq} for {source.name}, got {self.seq}")
         self.source, self.attention, self.checkpointing = source, attention, checkpointing
         self.name = source.name
         self.tokenizer = source.tokenizer()

@@ -7,8 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
+from baselines.method import OPTIMIZER_IMPLS, adamw
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.spec import RunSpec
+from benchmarks.harness.workload import DTYPES
 from sparsegrad import SparseGradError
 
 
@@ -171,7 +173,9 @@ def test_checkpointing_recomputes_the_same_gradients(config):
         ({"layer": (2, 3), "block": (2, 3)}, "exactly one"),
         ({"layer": (2, 3), "batch": 0}, "batch must be at least 1, got 0"),
         ({"layer": (2, 3), "seq": -1}, "seq must be at least 1, got -1"),
-        ({"layer": (2, 3), "dtype": "float16"}, "dtype must be one of"),
+        ({"layer": (2, 3), "dtype": "int8"}, "dtype must be one of"),
+        ({"layer": (2, 3), "device": "cpu", "gpu": "t4"}, "--gpu and --gpu-memory go with"),
+        ({"layer": (2, 3), "device": "cuda", "gpu": "abacus"}, "unknown card 'abacus'"),
         ({"layer": (2, 3), "data": "trec"}, "go with --model"),
         ({"model": "minilm-l6", "seq": 513}, "seq must be at most 512"),
         ({"model": "roberta-base", "seq": 513}, "seq must be at most 512"),  # of its 514 positions
@@ -183,6 +187,21 @@ def test_checkpointing_recomputes_the_same_gradients(config):
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         workload(**options)
+
+
+@pytest.mark.parametrize("impl", OPTIMIZER_IMPLS)
+def test_dtypes_are_the_real_ones_that_adamw_steps(impl):
+    def steps(dtype):
+        try:
+            parameter = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+            parameter.grad = torch.zeros(3, dtype=dtype)
+            adamw([parameter], 1e-3, impl).step()
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            return False
+        return True
+
+    dtypes = {value for name, value in vars(torch).items() if isinstance(value, torch.dtype) and name[0] != "q"}
+    assert {dtype for dtype in dtypes if not dtype.is_complex and steps(dtype)} == set(DTYPES.values())
 
 
 def test_targets_that_match_nothing():

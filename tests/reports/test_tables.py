@@ -118,6 +118,12 @@ def test_matching(matched, budget, text):
     assert tables.matching(replace(LORA, matched=matched, budget=budget)) == text
 
 
+def test_why_no_budget_could_be_matched():
+    assert tables.matching(replace(LORA, matched=False, reason="no budget fits")) == "unmatched: no budget fits"
+    failed = replace(FULL, matched=False, status="oom", reason="out of memory")
+    assert tables.matching(failed) == "unmatched: no budget to match"
+
+
 def test_row_shows_what_the_record_holds():
     row = shown(tables.results_table([LORA, FULL]), 0)
     assert row["run", "method"] == "lora[7]"
