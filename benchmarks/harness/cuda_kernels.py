@@ -26,8 +26,9 @@ And beside the operations:
    backward on, autograd's. 8,519,680 bytes each (4096 KiB twice and 16 KiB eight times); 33,554,432 on compute
    capabilities 9, 10 and 12. Neither CUBLAS_WORKSPACE_CONFIG is modelled nor PyTorch 2.15, which is to free them after
    each product.
- - cuBLASLt, which runs a product that adds a bias (`addmm` with a vector), has 1 MiB more for each thread. Revisions of
-   PyTorch differ in this: in some it shares cuBLAS's. Steps measured with 2.14 show the 1 MiB, and they told it here.
+ - cuBLASLt, which runs a product that adds a bias (`addmm` with a vector) and whose handle is cuBLAS's, has 1 MiB more
+   for each thread. Revisions of PyTorch differ in this: in some it shares cuBLAS's. Steps measured with 2.10 and 2.14
+   show the 1 MiB, and they decided it here.
  - AdamW's step counters and other tensors made of Python numbers stay on the host; so do the efficient kernel's seeds.
    Fused AdamW's counters are on the card.
  - Optimizer implementations run as they are, temporaries included: on CUDA torch takes foreach where nothing is named.
@@ -98,8 +99,9 @@ class CudaKernels:
     def __call__(self, func: Callable, args: tuple, kwargs: dict, see: See) -> object:
         """Run an operation; `see` is told of what its kernel allocates besides its result."""
         if func in MATRIX_PRODUCTS:
-            with_bias = func is aten.addmm.default and args[0].dim() == 1
-            self._keep_workspace("cublasLt" if with_bias else "cublas", see)
+            self._keep_workspace("cublas", see)
+            if func is aten.addmm.default and args[0].dim() == 1:
+                self._keep_workspace("cublasLt", see)
         kernel = _KERNELS.get(func)
         return func(*args, **kwargs) if kernel is None else kernel(func, args, kwargs, see)
 
