@@ -1,6 +1,5 @@
 """The prediction is the tracked run, to the byte: the same steps on tensors that have no memory."""
 
-import gc
 import json
 import math
 import shutil
@@ -103,13 +102,6 @@ def texts_read_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "load", cache(text.load))
         yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def short_collections():
-    """The collections that a run begins with need not look at what other tests and imports left alive."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="module")
