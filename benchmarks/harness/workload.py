@@ -252,7 +252,8 @@ class ModelWorkload(Workload):
         **options,
     ):
         super().__init__(**options)
-        self.longest_seq = getattr(source.config, "max_position_embeddings", None)
+        longest = getattr(source.config, "max_position_embeddings", None)
+        self.longest_seq = longest if longest is not None and longest > 0 else None  # XLNet's says -1
         if "roberta" in source.config.model_type:
             self.longest_seq -= source.config.pad_token_id + 1  # where its positions start
         if self.longest_seq is not None and self.seq > self.longest_seq:
