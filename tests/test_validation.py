@@ -24,7 +24,8 @@ def test_each_kind_is_there():
 @pytest.mark.parametrize("step", [*measured_steps(), *MORE], ids=lambda step: step.label)
 def test_a_measured_step_is_predicted(step):
     found = predicted_step(step)
+    # Tighter than what is promised (0.5 %, reserved 5 %), in which a missing workspace could hide.
     reserved = found.pop("peak_reserved_mib")
-    assert found == {name: pytest.approx(getattr(step, name), rel=0.005, abs=step.resolution_mib) for name in found}
+    assert found == {name: pytest.approx(getattr(step, name), rel=0.001, abs=step.resolution_mib) for name in found}
     assert len(found) == 3
-    assert reserved == pytest.approx(step.peak_reserved_mib, rel=0.05)
+    assert reserved == pytest.approx(step.peak_reserved_mib, rel=0.005)

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 from benchmarks.harness.errors import InputError
@@ -342,21 +342,6 @@ def peaks_between(
         first, last = bisect_left(cuts, start), bisect_left(cuts, end)
         found.append(_most([held[first], *peaks[first:last]]))
     return found
-
-
-def peaks_by_phase(
-    events: Sequence[tuple[int, int, str]], allocator: CachingAllocator | None = None
-) -> dict[str, AllocatorBytes]:
-    """The peaks of each phase of a log, all stretches of it taken together; see `peaks_between`."""
-    phases, spans, position = [], [], 0
-    for phase, stretch in groupby(events, key=lambda event: event[2]):
-        start, position = position, position + sum(1 for _ in stretch)
-        phases.append(phase)
-        spans.append((start, position))
-    by_phase: dict[str, list[AllocatorBytes]] = {}
-    for phase, peak in zip(phases, peaks_between(events, spans, allocator), strict=True):
-        by_phase.setdefault(phase, []).append(peak)
-    return {phase: _most(peaks) for phase, peaks in by_phase.items()}
 
 
 def _most(figures: Sequence[AllocatorBytes]) -> AllocatorBytes:

@@ -268,11 +268,6 @@ class Tracker(TorchDispatchMode):
         addresses = {s._cdata for tensor in tensors_in(thing) for s in storages(tensor)}
         return {self._live[address][0] for address in addresses if address in self._live}
 
-    def live(self, *excluded: object) -> int:
-        """Bytes live now, without the storages of the excluded things."""
-        without = {serial for thing in excluded for serial in self.serials(thing)}
-        return self.live_bytes - sum(self._size[serial] for serial in without)
-
     def live_at(self, position: int, without: Container[int] = ()) -> int:
         """Bytes live at a position of the log, without those of the numbered storages."""
         return sum(event.change for event in self.events[:position] if event.storage not in without)

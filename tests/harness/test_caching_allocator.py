@@ -1,7 +1,7 @@
 """The model of CUDA's caching allocator: each rule by hand, published figures, and a slow twin on random logs."""
 
 import random
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from benchmarks.harness.caching_allocator import (
     OutOfMemory,
     Replay,
     peaks_between,
-    peaks_by_phase,
 )
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.memory import Event, Tracker
@@ -303,6 +302,30 @@ LOG = [
     Event(4, 1 * MIB + 1, "forward"),
     Event(3, -3 * MIB, "optimizer"),
 ]
+
+
+def peaks_by_phase(log, allocator=None):
+    """The peaks of each phase, all stretches of it taken together."""
+    ends = [i for i in range(1, len(log) + 1) if i == len(log) or log[i].phase != log[i - 1].phase]
+    found = {}
+    spans = [*pairwise([0, *ends])]
+    for (start, _), peak in zip(spans, peaks_between(log, spans, allocator), strict=True):
+        before = found.setdefault(log[start].phase, peak)
+        found[log[start].phase] = AllocatorBytes(*map(max, before, peak))
+    return found
+
+
+def test_the_changes_in_allocated_bytes_are_those_of_whole_blocks():
+    assert Replay(CachingAllocator()).feed(LOG) == [
+        12 * MIB,
+        512,
+        2 * MIB,
+        -2 * MIB,
+        3 * MIB,
+        -512,
+        1 * MIB + 512,
+        -3 * MIB,
+    ]
 
 
 def test_peaks_of_a_log_by_phase():

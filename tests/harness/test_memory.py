@@ -256,9 +256,14 @@ def test_live_without_some_things():
     a, b = floats(KIB), floats(2 * KIB)
     tracker = Tracker()
     tracker.adopt(a, b)
-    assert tracker.live(b) == KIB
-    assert tracker.live([a, b[:3]]) == 0
-    assert tracker.live(floats(64)) == 3 * KIB  # not known to the tracker
+    end = tracker.position
+    assert tracker.live_at(end, without=tracker.serials(b)) == KIB
+    assert tracker.live_at(end, without=tracker.serials([a, b[:3]])) == 0
+    assert tracker.live_at(end, without=tracker.serials(floats(64))) == 3 * KIB  # not known to the tracker
+    assert tracker.live_at(0) == 0
+    del a
+    assert tracker.live_at(end) == 3 * KIB
+    assert tracker.live_at(tracker.position) == 2 * KIB
 
 
 def test_tensors_on_other_devices_do_not_count():

@@ -288,12 +288,8 @@ def test_a_layer_on_a_card_is_allocated_in_whole_blocks():
 CARD_CASES = {
     "bert-padded": {"model": "bert", "text": True, "batch": 8, "seq": 24},
     "bert-padded-eager-checkpointing": {
-        "model": "bert",
-        "text": True,
-        "batch": 8,
-        "seq": 24,
-        "attention": "eager",
-        "checkpointing": True,
+        **MODELS["bert-padded-eager-checkpointing"],
+        "train_rest": "all",
         "dtype": "float16",
     },
     "llama-grouped": {"model": "llama", "batch": 3, "seq": 10, "dtype": "bfloat16", "checkpointing": True},

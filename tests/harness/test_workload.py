@@ -189,6 +189,14 @@ def test_bad_options(options, message):
         workload(**options)
 
 
+def test_a_config_without_a_longest_sequence(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "bert", "max_position_embeddings": -1}')
+    assert workload(model=str(path), seq=513).longest_seq is None
+    path.write_text('{"model_type": "bert", "max_position_embeddings": 513}')
+    assert workload(model=str(path), seq=513).longest_seq == 513
+
+
 @pytest.mark.parametrize("impl", OPTIMIZER_IMPLS)
 def test_dtypes_are_the_real_ones_that_adamw_steps(impl):
     def steps(dtype):
