@@ -21,6 +21,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.harness.memo import Memo
 from benchmarks.harness.memory import tensors_of
 
 # Values of larger tensors are not kept. The supports of `random-mask` are drawn as permutations of whole weights: up to
@@ -109,6 +110,10 @@ class KnownValues(TorchDispatchMode):
     their own, and what operations make of them. To be entered after FakeTensorMode.
     """
 
+    def __init__(self):
+        super().__init__()
+        self._run = Memo()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operation; keep the values of its results where its arguments' are known."""
         kwargs = kwargs or {}
@@ -126,7 +131,7 @@ class KnownValues(TorchDispatchMode):
             result.known_value = real
             return result
         is_coo_copy = func in COO_COPIES and given[0].layout == torch.sparse_coo
-        result = COO_COPIES[func](*args, **kwargs) if is_coo_copy else func(*args, **kwargs)
+        result = COO_COPIES[func](*args, **kwargs) if is_coo_copy else self._run(func, args, kwargs)
         results = list(tensors_of(result))
         if func in MAKE_COO and kwargs.get("is_coalesced"):
             given[0].untyped_storage().distinct = True  # no two entries at one index

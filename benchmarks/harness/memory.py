@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -70,8 +71,10 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     if tensor.layout == torch.strided:
         yield tensor.untyped_storage()
     elif tensor.layout == torch.sparse_coo:
-        yield tensor._indices().untyped_storage()
-        yield tensor._values().untyped_storage()
+        # Looked at, not asked for by an operation, which takes long where the tensor is fake.
+        with no_dispatch():
+            parts = tensor._indices(), tensor._values()
+        yield from (part.untyped_storage() for part in parts)
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
             yield part.untyped_storage()
