@@ -7,7 +7,7 @@
 """
 
 from sparsegrad.adapted import AdaptedLinear, merge
-from sparsegrad.basis import StreamingHOSVD, TransitionMatrices, calibrate
+from sparsegrad.basis import Ranks, StreamingHOSVD, TransitionMatrices, calibrate
 from sparsegrad.convert import convert, load, load_optimizers, save
 from sparsegrad.errors import SparseGradError
 from sparsegrad.linear import SparseGradLinear
@@ -20,6 +20,7 @@ __all__ = [
     "SparseAdam",
     "SparseGradError",
     "SparseGradLinear",
+    "Ranks",
     "StreamingHOSVD",
     "TransitionMatrices",
     "calibrate",

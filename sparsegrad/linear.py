@@ -36,16 +36,19 @@ PRODUCTS = {
 
 
 class SparseGradFunction(torch.autograd.Function):
-    """`Y = X U^T W~^T V + b`; its weight gradient is the top-k of `(dL/dY V^T)^T (X U^T)` as a COO tensor."""
+    """`Y = X U^T W~^T V + b`; its weight gradient is the top-k of `(dL/dY V^T)^T (X U^T)` as a COO tensor.
+
+    U or V may be None: the identity.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, U, V, nnz, product):
         """x (T, D_in), weight W~ (D_out, D_in), U (D_in, D_in), V (D_out, D_out) -> (T, D_out)."""
-        x_basis = x @ U.T
-        y_basis = x_basis @ weight.T
+        x_basis = x if U is None else x @ U.T
         ctx.save_for_backward(x_basis, weight, U, V)
         ctx.nnz, ctx.product = nnz, product
-        return y_basis @ V if bias is None else torch.addmm(bias, y_basis, V)
+        left, right = (x_basis, weight.T) if V is None else (x_basis @ weight.T, V)
+        return left @ right if bias is None else torch.addmm(bias, left, right)
 
     @staticmethod
     @once_differentiable
@@ -59,14 +62,14 @@ class SparseGradFunction(torch.autograd.Function):
         if need_bias:
             dbias = dy.sum(0)
         if need_x or need_weight:
-            dy_basis = dy @ V.T
+            dy_basis = dy if V is None else dy @ V.T
         # The weight first: its dense gradient, the largest temporary here, is gone before dL/dX exists.
         if need_weight:
             dweight = topk_gradient(dy_basis, x_basis, ctx.nnz, ctx.product)
         if need_x:
             dx_basis = ctx.product.input_gradient(dy_basis, weight)
             del dy_basis
-            dx = ctx.product.input_gradient(dx_basis, U)
+            dx = dx_basis if U is None else ctx.product.input_gradient(dx_basis, U)
         return dx, dweight, dbias, None, None, None, None
 
 
@@ -91,7 +94,7 @@ class SparseGradLinear(AdaptedLinear):
     Args:
         weight: W~ (D_out, D_in).
         bias: (D_out,) or None.
-        basis: U (D_in, D_in) and V (D_out, D_out), shared by the layers of a kind.
+        basis: U (D_in, D_in) and V (D_out, D_out), shared by the layers of a kind; either may be None, the identity.
         nnz: entries kept per step.
         product: `sparse-by-dense` skips the zero stripes of `dL/dY~`; `dense` is its twin for comparison.
     """
@@ -109,6 +112,7 @@ class SparseGradLinear(AdaptedLinear):
         if product not in PRODUCTS:
             raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
         basis.check_fits(self.out_features, self.in_features, weight)
+        basis.check_complete()
         self.nnz = resolve_nnz(tuple(weight.shape), nnz=nnz)
         self.product = product
         self.basis = basis
@@ -119,8 +123,8 @@ class SparseGradLinear(AdaptedLinear):
     def from_linear(
         cls,
         linear: nn.Module,
-        U: Tensor,
-        V: Tensor,
+        U: Tensor | None,
+        V: Tensor | None,
         *,
         nnz: int | None = None,
         density: float | None = None,
@@ -148,8 +152,9 @@ class SparseGradLinear(AdaptedLinear):
         if not is_linear(linear):
             raise SparseGradError(f"only a plain linear layer can be converted, got a {type(linear).__name__}")
         basis.check_fits(*weight_shape(linear), linear.weight)
+        basis.check_complete()
         nnz = resolve_nnz(weight_shape(linear), nnz=nnz, density=density)
-        rotated = rotate(source_weight(linear), basis.V, basis.U.T)
+        rotated = into_basis(source_weight(linear), basis)
         return cls(rotated, linear.bias, basis, nnz, product, is_transposed(linear))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,13 +168,28 @@ class SparseGradLinear(AdaptedLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """`W = V^T W~ U` (D_out, D_in)."""
-        return rotate(self.weight, self.basis.V.T, self.basis.U)
+        return out_of_basis(self.weight, self.basis)
 
     def extra_repr(self) -> str:
         """Shape, bias and budget."""
         return f"{super().extra_repr()}, nnz={self.nnz}, product={self.product!r}"
 
 
-def rotate(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left @ weight @ right`, made in float64 and rounded once: a float32 model keeps its outputs to 1e-6."""
-    return (left.double() @ weight.double() @ right.double()).to(weight.dtype)
+def into_basis(weight: Tensor, basis: TransitionMatrices) -> Tensor:
+    """`V W U^T` (k_out, k_in) of W (D_out, D_in), rounded once; a copy."""
+    return _rotate(weight, basis.V, None if basis.U is None else basis.U.T)
+
+
+def out_of_basis(weight: Tensor, basis: TransitionMatrices) -> Tensor:
+    """`V^T W~ U` (D_out, D_in) of W~ (k_out, k_in), rounded once; a copy."""
+    return _rotate(weight, None if basis.V is None else basis.V.T, basis.U)
+
+
+def _rotate(weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    # In float64: a float32 model keeps its outputs to 1e-6.
+    product = weight.double()
+    if left is not None:
+        product = left.double() @ product
+    if right is not None:
+        product = product @ right.double()
+    return product.to(weight.dtype, copy=True)

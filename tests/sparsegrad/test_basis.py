@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sparsegrad import SparseGradError, SparseGradLinear, StreamingHOSVD, TransitionMatrices, calibrate
+from sparsegrad import Ranks, SparseGradError, SparseGradLinear, StreamingHOSVD, TransitionMatrices, calibrate
 from sparsegrad.support import kept_energy
 
 D_IN, D_HIDDEN = 5, 7
@@ -167,10 +167,31 @@ def test_gradients_whose_squares_overflow_are_refused():
         hosvd.transition_matrices(torch.float32)
 
 
-@pytest.mark.parametrize(("U", "V"), [((3, 2), (4, 4)), ((3, 3), (4, 5)), ((3,), (4, 4))])
-def test_bases_are_square(U, V):
-    with pytest.raises(SparseGradError, match="must be a square matrix"):
+@pytest.mark.parametrize(("U", "V"), [((3, 2), (4, 4)), ((3, 3), (5, 4)), ((3,), (4, 4)), ((0, 3), (4, 4))])
+def test_bases_are_rows_of_an_orthogonal_matrix(U, V):
+    with pytest.raises(SparseGradError, match="at most as many rows as columns"):
         TransitionMatrices(torch.zeros(U), torch.zeros(V))
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (2, 0), (0, 3), (6, 1)])
+def test_ranks_take_the_leading_directions(ranks):
+    gradients = [torch.randn(6, 4, dtype=torch.float64) for _ in range(3)]
+    whole, some = StreamingHOSVD(6, 4, dtype=torch.float64), StreamingHOSVD(6, 4, Ranks(*ranks), dtype=torch.float64)
+    for gradient in gradients:
+        whole.update(gradient)
+        some.update(gradient)
+    whole, some = whole.transition_matrices(torch.float64), some.transition_matrices(torch.float64)
+    for rank, leading, full in zip(ranks, (some.V, some.U), (whole.V, whole.U), strict=True):
+        if rank:
+            torch.testing.assert_close(leading, full[:rank], rtol=0, atol=1e-10)
+        else:
+            assert leading is None
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (7, 4), (6, 5), (-1, 4)])
+def test_ranks_beyond_the_weight_are_refused(ranks):
+    with pytest.raises(SparseGradError, match=f"ranks of a weight of 6 x 4 .* got {ranks[0]} x {ranks[1]}"):
+        StreamingHOSVD(6, 4, Ranks(*ranks))
 
 
 # Orientation: planted directions

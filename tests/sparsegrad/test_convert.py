@@ -296,8 +296,8 @@ def change(bases, layers, orthogonal, what):
     ("what", "message"),
     [
         ("missing", "no transition matrices are given for kind 'down'; there are some for: up"),
-        ("swapped", "a weight of 5 x 7 .* needs U of 7 x 7 and V of 5 x 5, got U of 5 x 5 and V of 7 x 7"),
-        ("too large", "got U of 8 x 8 and V of 5 x 5"),
+        ("swapped", "a weight of 5 x 7 .* needs U with 7 columns, got 5 x 5"),
+        ("too large", "needs U with 7 columns, got 8 x 8"),
         ("dtype", "U is torch.float32 .* the weight torch.float64"),
         ("named twice", "'0.down' is named twice"),
         ("two kinds", "'0.up' is named twice"),

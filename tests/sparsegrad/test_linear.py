@@ -83,6 +83,31 @@ def test_forward_and_backward_are_the_closed_forms(make, distance, shape, tokens
         assert distance(made.layer.bias.grad, expected.dbias) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("without", ["U", "V", "UV"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_side_without_a_matrix_is_not_rotated(make, orthogonal, distance, shape, without, bias, product):
+    made = make(*shape, bias=bias)
+    if "U" in without:
+        made.U = torch.eye(shape[1], dtype=torch.float64)
+    if "V" in without:
+        made.V = torch.eye(shape[0], dtype=torch.float64)
+    U, V = (None if name in without else getattr(made, name) for name in "UV")
+    linear = copy.deepcopy(made.linear)
+    layer = SparseGradLinear.from_linear(linear, U, V, nnz=shape[0] * shape[1], product=product)
+    assert layer.weight.data_ptr() != linear.weight.data_ptr()
+    x = torch.randn(6, shape[1], dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(6, shape[0], dtype=torch.float64)
+    expected = closed_form(made, x, dy)
+    y = layer(x)
+    y.backward(dy)
+    assert distance(y, expected.y) < 1e-12
+    assert distance(x.grad, expected.dx) < 1e-12
+    assert distance(layer.weight.grad.to_dense(), expected.dweight) < 1e-12
+    assert distance(layer.to_linear().weight, made.linear.weight) < 1e-12
+
+
 def test_the_weight_lives_in_the_basis(make, distance):
     made = make(7, 5)
     assert distance(made.layer.weight, made.V @ made.linear.weight @ made.U.T) < 1e-12
@@ -487,11 +512,13 @@ def test_what_trains_is_the_weight_and_the_bias(make):
 @pytest.mark.parametrize(
     ("U", "V", "message"),
     [
-        ((7, 7), (5, 5), "7 x 5 .* needs U of 5 x 5 and V of 7 x 7, got U of 7 x 7 and V of 5 x 5"),  # swapped
-        ((4, 4), (7, 7), "needs U of 5 x 5"),
-        ((5, 5), (8, 8), "needs U of 5 x 5 and V of 7 x 7"),
-        ((5, 4), (7, 7), r"U must be a square matrix, got shape \(5, 4\)"),
-        ((5, 5), (7,), r"V must be a square matrix, got shape \(7,\)"),
+        ((7, 7), (5, 5), "7 x 5 .* needs U with 5 columns, got 7 x 7"),  # swapped
+        ((4, 4), (7, 7), "needs U with 5 columns, got 4 x 4"),
+        ((5, 5), (8, 8), "needs V with 7 columns, got 8 x 8"),
+        ((4, 5), (7, 7), "U must be square here, got 4 x 5"),
+        ((5, 5), (3, 7), "V must be square here, got 3 x 7"),
+        ((5, 4), (7, 7), r"U must be a matrix .* got shape \(5, 4\)"),
+        ((5, 5), (7,), r"V must be a matrix .* got shape \(7,\)"),
     ],
 )
 def test_bases_of_the_wrong_shape_are_refused(U, V, message):
