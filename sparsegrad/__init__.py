@@ -17,10 +17,10 @@ from sparsegrad.products import dense_product, sparse_by_dense
 
 __all__ = [
     "AdaptedLinear",
+    "Ranks",
     "SparseAdam",
     "SparseGradError",
     "SparseGradLinear",
-    "Ranks",
     "StreamingHOSVD",
     "TransitionMatrices",
     "calibrate",

@@ -33,6 +33,27 @@ def _nonzero_lines(a: Tensor, dim: int) -> Tensor | None:
     return None if lines.numel() == counts.numel() else lines
 
 
+class LiveRows:
+    """The rows of `dL/dY` (T, D_out) that hold a non-zero, for a backward pass that skips the others.
+
+    A token that does not reach the loss, padding above all, has a row of zeros, and adds nothing to any gradient.
+    """
+
+    def __init__(self, dy: Tensor):
+        self._count = dy.shape[0]
+        self._rows = _nonzero_lines(dy, dim=1)
+
+    def of(self, a: Tensor) -> Tensor:
+        """Those rows of (T, P), a copy; `a` itself where no row of dL/dY is zero."""
+        return a if self._rows is None else a[self._rows]
+
+    def back(self, block: Tensor) -> Tensor:
+        """(T, P) that holds the block at those rows and zeros elsewhere; `block` itself where no row is zero."""
+        if self._rows is None:
+            return block
+        return block.new_zeros(self._count, block.shape[1]).index_copy_(0, self._rows, block)
+
+
 def dense_product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b`, the twin that pays for every zero: (M, N) x (N, P) -> (M, P)."""
     return a @ b

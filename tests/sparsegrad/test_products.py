@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsegrad.products import (
+    LiveRows,
     RowBlock,
     Selection,
     dense_product,
@@ -163,3 +164,21 @@ def test_selection_multiplies_only_the_blocks_that_hold_an_entry():
     flat = torch.tensor([5 * p + 1, 6 * p])  # rows 5 and 6: the second of three blocks
     selection = Selection(flat, (m, p), block_rows)
     assert flops(selection.select, torch.ones(t, m), torch.ones(t, p), flat) == 2 * t * block_rows * p
+
+
+@pytest.mark.parametrize("live", [[], [2], [0, 3, 4], [0, 1, 2, 3, 4]])
+def test_live_rows_go_out_and_come_back(live):
+    dy, x = torch.zeros(5, 3), torch.randn(5, 4)
+    dy[live, 1] = 2.0
+    rows = LiveRows(dy)
+    assert torch.equal(rows.of(x), x[live])
+    expected = torch.zeros(5, 4)
+    expected[live] = x[live]
+    assert torch.equal(rows.back(rows.of(x)), expected)
+
+
+def test_live_rows_copy_nothing_where_every_row_lives():
+    dy, x = torch.ones(5, 3), torch.randn(5, 4)
+    rows = LiveRows(dy)
+    assert rows.of(x) is x
+    assert rows.back(x) is x
