@@ -19,8 +19,8 @@ from torch.optim.optimizer import Optimizer
 
 from sparsegrad import SparseAdam, merge
 from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, weight_shape
-from sparsegrad.basis import default_backward
 from sparsegrad.errors import SparseGradError
+from sparsegrad.gradients import default_backward
 from sparsegrad.support import resolve_nnz
 
 Shape = tuple[int, int]

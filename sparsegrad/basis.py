@@ -7,15 +7,14 @@ which are accumulated gradient by gradient here: the stack never exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.adapted import is_transposed
 from sparsegrad.errors import SparseGradError
+from sparsegrad.gradients import default_backward, stream_gradients
 from sparsegrad.mlp import checked_shapes
 from sparsegrad.values import passes
 
@@ -142,11 +141,6 @@ def leading_directions(gram: Tensor) -> Tensor:
     return vectors * pivot.sign()
 
 
-def default_backward(model: nn.Module, batch: Mapping[str, object]) -> None:
-    """One forward and backward of a transformers model whose batch holds its labels."""
-    model(**batch).loss.backward()
-
-
 def calibrate(
     model: nn.Module,
     layers: Mapping[str, Sequence[str]],
@@ -176,51 +170,11 @@ def calibrate(
         weight = model.get_submodule(names[0]).weight
         wanted = None if ranks is None else ranks[kind]
         decomposition[kind] = StreamingHOSVD(*shapes[kind], wanted, dtype=weight.dtype, device=weight.device)
-
-    with _only_trainable(model, [model.get_submodule(n).weight for names in layers.values() for n in names]):
-        hooks = []
-        try:
-            for kind, names in layers.items():
-                for name in names:
-                    layer = model.get_submodule(name)
-                    consume = _consumer(decomposition[kind], name, transposed=is_transposed(layer))
-                    hooks.append(layer.weight.register_post_accumulate_grad_hook(consume))
-            for batch in batches:
-                backward(model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    stream_gradients(
+        model, layers, batches, backward, lambda kind, name, gradient: decomposition[kind].update(gradient)
+    )
     result = {}
     for kind, names in layers.items():
         # Popped so that a kind's Gram matrices are freed before the next kind's are decomposed.
         result[kind] = decomposition.pop(kind).transition_matrices(model.get_submodule(names[0]).weight.dtype)
     return result
-
-
-def _consumer(hosvd: StreamingHOSVD, name: str, transposed: bool) -> Callable[[Tensor], None]:
-    def consume(weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        try:
-            hosvd.update(gradient.T if transposed else gradient)
-        except SparseGradError as error:
-            raise SparseGradError(f"layer {name!r}: {error}") from None
-
-    return consume
-
-
-@contextmanager
-def _only_trainable(model: nn.Module, trainable: Sequence[Tensor]) -> Iterator[None]:
-    """Only these parameters require gradients inside; flags come back, and no gradient stays, whatever happens."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    if any(parameter.grad is not None for parameter, _ in before):
-        raise SparseGradError("the model holds gradients; call zero_grad(set_to_none=True) before preparing")
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
