@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
+from baselines.linear import LinearFunction
 from baselines.method import TASK_HEAD, LayerBytes, Method, size
+from sparsegrad.adapted import AdaptedLinear, is_transposed, replace_layers, source_weight
+
+
+class FullLinear(AdaptedLinear):
+    """A linear layer whose whole weight trains: nn.Linear, but for the zero rows of dL/dY that its backward skips.
+
+    Every method skips them, so that none is compared with one that pays for padding.
+    """
+
+    def __init__(self, linear: nn.Module):
+        weight = source_weight(linear)
+        super().__init__(weight.shape[1], weight.shape[0], is_transposed(linear))
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out)."""
+        y = LinearFunction.apply(x.reshape(-1, self.in_features), self.weight, self.bias, None)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def effective_weight(self) -> Tensor:
+        """The weight itself."""
+        return self.weight.detach()
 
 
 class Full(Method):
@@ -13,6 +39,7 @@ class Full(Method):
     def prepare(self, model, batches):
         """Let everything train."""
         self.check_model(model)
+        replace_layers(model, self.target_names(), FullLinear)
         model.requires_grad_(True)
 
     def formula(self, shape, tokens, dtype):

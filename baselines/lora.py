@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from baselines.method import Knob, LayerBytes, Method, size
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
+from sparsegrad.products import LiveRows
 
 # A is drawn as nn.Linear draws its weight: from the seed that initialised a model it would be that weight's own rows.
 SEED_OFFSET = 1_000_003
@@ -34,6 +35,8 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx, dy):
         """dL/dY (T, D_out) -> dL/dX; dL/dA (r, D_in), dL/dB (D_out, r); dL/db; dL/dW only where W trains."""
         x, weight, A, B, low = ctx.saved_tensors
+        live = LiveRows(dy)
+        x, low, dy = live.of(x), live.of(low), live.of(dy)
         a, b = A.to(x.dtype), B.to(x.dtype)
         need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
         dx = dweight = dbias = da = db = None
@@ -45,7 +48,7 @@ class LoRAFunction(torch.autograd.Function):
             da = (dlow.T @ x).to(A.dtype)
         if need_x:
             dx = dy @ weight
-            dx.addmm_(dlow, a)
+            dx = live.back(dx.addmm_(dlow, a))
         if need_weight:
             dweight = dy.T @ x
         if need_bias:

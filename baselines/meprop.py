@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from baselines.linear import LinearFunction
 from baselines.method import EntryMethod, Knob, LayerBytes, Method, coo_bytes, size
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
 from sparsegrad.linear import PRODUCTS, topk_gradient
+from sparsegrad.products import LiveRows
 
 
 def keep_example(dy: Tensor, k: int) -> Tensor:
@@ -28,17 +30,6 @@ def keep_unified(dy: Tensor, k: int) -> Tensor:
     return torch.linalg.vector_norm(dy, 1, dim=0).topk(k, sorted=False).indices.sort().values
 
 
-class LinearFunction(torch.autograd.Function):
-    """The forward pass that the three share, `Y = X W^T + b`; each has a backward of its own."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, k):
-        """x (T, D_in), weight (D_out, D_in) -> (T, D_out)."""
-        ctx.save_for_backward(x, weight)
-        ctx.k = k
-        return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-
-
 class ExampleFunction(LinearFunction):
     """Both products of backward take `dL/dY` with k elements per row. dL/dW is dense."""
 
@@ -47,9 +38,11 @@ class ExampleFunction(LinearFunction):
     def backward(ctx, dy):
         """dL/dY (T, D_out) -> dL/dX, dL/dW, dL/db."""
         x, weight = ctx.saved_tensors
+        live = LiveRows(dy)
+        x, dy = live.of(x), live.of(dy)
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         kept = keep_example(dy, ctx.k)
-        dx = kept @ weight if need_x else None
+        dx = live.back(kept @ weight) if need_x else None
         dweight = kept.T @ x if need_weight else None
         return dx, dweight, dy.sum(0) if need_bias else None, None
 
@@ -62,10 +55,12 @@ class UnifiedFunction(LinearFunction):
     def backward(ctx, dy):
         """dL/dY (T, D_out) -> dL/dX, dL/dW (k rows), dL/db."""
         x, weight = ctx.saved_tensors
+        live = LiveRows(dy)
+        x, dy = live.of(x), live.of(dy)
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         outputs = keep_unified(dy, ctx.k)
         kept = dy[:, outputs]
-        dx = kept @ weight[outputs] if need_x else None
+        dx = live.back(kept @ weight[outputs]) if need_x else None
         dweight = None
         if need_weight:
             dweight = torch.sparse_coo_tensor(

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from baselines.method import EntryMethod, LayerBytes, size
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
-from sparsegrad.products import Selection
+from sparsegrad.products import LiveRows, Selection
 
 # The rows of the weight gradient that exist at once are an eighth of them, rounded up.
 BLOCK_FRACTION = 8
@@ -34,9 +34,11 @@ class MaskFunction(torch.autograd.Function):
     def backward(ctx, dy):
         """dL/dY (T, D_out) -> dL/dX, dL/dvalues (k,), dL/db."""
         x, weight, index = ctx.saved_tensors
+        live = LiveRows(dy)
+        x, dy = live.of(x), live.of(dy)
         need_x, need_values, _, need_bias, _, _ = ctx.needs_input_grad
         dvalues = ctx.selection.select(dy, x, index).to(ctx.values_dtype) if need_values else None
-        dx = dy @ weight if need_x else None
+        dx = live.back(dy @ weight) if need_x else None
         return dx, dvalues, None, dy.sum(0) if need_bias else None, None, None
 
 

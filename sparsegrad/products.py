@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+# Fewer zero lines than this share are multiplied along: taking the others out would copy nearly the whole matrix.
+LEAST_ZERO_SHARE = 1 / 8
+
 
 class Stripes(NamedTuple):
-    """Indices of the rows and columns that hold a non-zero; None where every one does."""
+    """Indices of the rows and columns that hold a non-zero; None where (nearly) every one does."""
 
     rows: Tensor | None
     cols: Tensor | None
@@ -23,32 +26,41 @@ class Stripes(NamedTuple):
 
 def nonzero_stripes(a: Tensor) -> Stripes:
     """Rows and columns of `a` (M, N) that hold a non-zero (or a NaN)."""
-    return Stripes(_nonzero_lines(a, dim=1), _nonzero_lines(a, dim=0))
+    return Stripes(nonzero_lines(a, dim=1), nonzero_lines(a, dim=0))
 
 
-def _nonzero_lines(a: Tensor, dim: int) -> Tensor | None:
-    # The 0-norm counts each line's non-zeros: a reduction without a temporary of the size of `a`, as `a != 0` has.
-    counts = torch.linalg.vector_norm(a, 0, dim=dim)
-    lines = counts.nonzero().squeeze(1)
-    return None if lines.numel() == counts.numel() else lines
+def nonzero_lines(a: Tensor, dim: int) -> Tensor | None:
+    """Indices of the lines of `a` (M, N) along `dim` that hold a non-zero; None where too few do not."""
+    count = a.shape[1 - dim]
+    if not a.numel():
+        return None
+    # Two extremes take a fifth of the time of counting, and make nothing of the size of `a`, as `a != 0` does.
+    holds = a.amax(dim).ne(0) | a.amin(dim).ne(0)
+    return holds.nonzero().squeeze(1) if skips(count - int(holds.sum()), count) else None
+
+
+def skips(zero: int, count: int) -> bool:
+    """Whether so many zero lines of `count` are left out of a product."""
+    return 0 < zero and zero >= LEAST_ZERO_SHARE * count
 
 
 class LiveRows:
     """The rows of `dL/dY` (T, D_out) that hold a non-zero, for a backward pass that skips the others.
 
     A token that does not reach the loss, padding above all, has a row of zeros, and adds nothing to any gradient.
+    Where fewer than `LEAST_ZERO_SHARE` are zero, none is skipped.
     """
 
     def __init__(self, dy: Tensor):
         self._count = dy.shape[0]
-        self._rows = _nonzero_lines(dy, dim=1)
+        self._rows = nonzero_lines(dy, dim=1)
 
     def of(self, a: Tensor) -> Tensor:
-        """Those rows of (T, P), a copy; `a` itself where no row of dL/dY is zero."""
+        """Those rows of (T, P), a copy; `a` itself where none is skipped."""
         return a if self._rows is None else a[self._rows]
 
     def back(self, block: Tensor) -> Tensor:
-        """(T, P) that holds the block at those rows and zeros elsewhere; `block` itself where no row is zero."""
+        """(T, P) that holds the block at those rows and zeros elsewhere; `block` itself where none is skipped."""
         if self._rows is None:
             return block
         return block.new_zeros(self._count, block.shape[1]).index_copy_(0, self._rows, block)

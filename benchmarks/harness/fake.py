@@ -121,8 +121,8 @@ class KnownValues(TorchDispatchMode):
             return args[0].fake_device
         given = list(tensors_of((args, kwargs)))
         known = all(value_of(tensor) is not None for tensor in given)
-        if torch.Tag.data_dependent_output in func.tags and known:
-            return self._real(func, args, kwargs)
+        if torch.Tag.data_dependent_output in func.tags:
+            return self._real(func, args, kwargs) if known else self.value_unknown(func, args, kwargs)
         if torch.Tag.dynamic_output_shape in func.tags:
             if not known:
                 return self.shape_unknown(func, args, kwargs)
@@ -148,6 +148,10 @@ class KnownValues(TorchDispatchMode):
 
     def done(self, func, args, result) -> None:
         """Called when an operation has run."""
+
+    def value_unknown(self, func, args, kwargs):
+        """A question about values that are not known: torch's error, by default."""
+        return func(*args, **kwargs)
 
     def shape_unknown(self, func, args, kwargs):
         """An operation whose result's shape depends on values that are not known: torch's error, by default."""

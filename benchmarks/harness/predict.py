@@ -22,9 +22,10 @@ What depends on values, and how it is known:
  - The supports of `random-mask` are the run's own where no target weight has more than `MOST_KNOWN` entries. In larger
    ones the entries are taken to be spread evenly over the blocks of rows; how many a block of a drawn support has
    scatters about that, and with it the temporaries of its backward (16 bytes an entry of the block).
- - The rows of dL/dY that are zero, which SparseGrad's sparse-by-dense product skips (`sparsegrad`, `meprop-weight`),
-   are what the workload says (`gradient_rows`): tokens whose output does not reach the loss. Columns are taken to hold
-   a non-zero; where dropout could well have emptied one, the prediction is refused.
+ - The rows of dL/dY that are zero, which every method skips, are what the workload says (`gradient_rows`): tokens whose
+   output does not reach the loss. Columns, which the sparse-by-dense product skips too (`sparsegrad`,
+   `meprop-weight`), are taken to hold a non-zero; where dropout or an activation could well have emptied many, the
+   prediction is refused.
  - Checks that values are sound (finite gradients) pass.
  - Any other question about values ends the prediction: its status is `refused`, and the reason names it.
 
@@ -34,6 +35,7 @@ step that counts is the second after the preparation, which every later one repe
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -67,6 +69,7 @@ from reports.capacity import CONTEXT_BYTES
 from reports.record import Record
 from sparsegrad import SparseGradError, SparseGradLinear
 from sparsegrad.adapted import AdaptedLinear
+from sparsegrad.products import LEAST_ZERO_SHARE
 
 SEMANTICS = ("cuda", "cpu")
 
@@ -74,8 +77,11 @@ SEMANTICS = ("cuda", "cpu")
 # repeat it.
 CALIBRATION_STEPS = 2
 WARM_UP_STEPS = 1
-# Refused where dropout is expected to empty more columns of a layer's dL/dY than this.
-EMPTY_COLUMNS = 1e-3
+# Refused where by these odds dropout empties as many columns of a layer's dL/dY as are left out of products.
+EMPTIED = 1e-4
+# What tells of a matrix's lines whether they hold a non-zero, and what is made of that.
+EXTREMES = (torch.ops.aten.amax.default, torch.ops.aten.amin.default)
+MADE_OF_EXTREMES = (torch.ops.aten.ne.Scalar, torch.ops.aten.bitwise_or.Tensor, torch.ops.aten.sum.default)
 
 
 class Unknown(ValueError):
@@ -111,7 +117,7 @@ def _predicted(spec: RunSpec, workload: Workload) -> dict[str, object]:
         spec = replace(spec, calibration_steps=min(spec.calibration_steps, CALIBRATION_STEPS))
     mode = FakeTensorMode()
     model = lay_fakes(workload.skeleton(), mode)
-    answers = Answers(model, workload.gradient_rows())
+    answers = Answers(model, workload.gradient_rows(), workload.columns_hold)
     cuda = CudaKernels(cards.card(spec.gpu)) if spec.device == "cuda" else None
     tag = register_module_forward_hook(answers.tag)
     try:
@@ -163,11 +169,12 @@ class Answers(KnownValues):
     Args:
         model: the model that the method adapts.
         rows: the workload's `gradient_rows`.
+        columns_hold: the workload's.
     """
 
-    def __init__(self, model: nn.Module, rows: Mapping[str, int | None]):
+    def __init__(self, model: nn.Module, rows: Mapping[str, int | None], columns_hold: bool):
         super().__init__()
-        self._model, self._rows = model, rows
+        self._model, self._rows, self._columns_hold = model, rows, columns_hold
         # Weak: a layer that a method replaces must not outlive its place.
         self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -184,23 +191,36 @@ class Answers(KnownValues):
             node.metadata["layer"] = self._names[module]
 
     def done(self, func, args, result):
-        """A count of non-zeros remembers what it counts."""
-        if func is torch.ops.aten.linalg_vector_norm.default and args[1] == 0:
-            result.counted = (tuple(args[0].shape), tuple(args[2]))
+        """Extremes of lines, and what is made of them, tell whether lines hold a non-zero, and remember of what."""
+        if func in EXTREMES:
+            result.lines_of = (tuple(args[0].shape), tuple(args[1]))
+        elif func in MADE_OF_EXTREMES and hasattr(args[0], "lines_of"):
+            result.lines_of = args[0].lines_of
+
+    def value_unknown(self, func, args, kwargs):
+        """How many lines hold a non-zero, in a layer's backward."""
+        count = self._count(args[0]) if func is torch.ops.aten._local_scalar_dense.default else None
+        return super().value_unknown(func, args, kwargs) if count is None else count
 
     def shape_unknown(self, func, args, kwargs):
-        """The indices of the lines that hold a non-zero, for counts of non-zeros in a layer's backward."""
-        counted = getattr(args[0], "counted", None)
+        """The indices of the lines that hold a non-zero, in a layer's backward."""
+        count = self._count(args[0]) if func is torch.ops.aten.nonzero.default else None
+        if count is None:
+            return super().shape_unknown(func, args, kwargs)
+        return torch.empty((count, 1), dtype=torch.int64)
+
+    def _count(self, told: Tensor) -> int | None:
+        """How many lines hold a non-zero, of the matrix that `told` tells it of; None where it tells something else."""
         node = torch._C._current_autograd_node()
         layer = node.metadata.get("layer") if node is not None else None
-        if func is not torch.ops.aten.nonzero.default or counted is None or layer is None:
-            return super().shape_unknown(func, args, kwargs)
-        shape, dims = counted
+        if layer is None or not hasattr(told, "lines_of"):
+            return None
+        shape, dims = told.lines_of
         rows = self._live_rows(layer, shape[0])
         if dims == (1,):
-            return torch.empty((rows, 1), dtype=torch.int64)
+            return rows
         self._check_columns(layer, shape[1], rows)
-        return torch.empty((shape[1], 1), dtype=torch.int64)
+        return shape[1]
 
     def _live_rows(self, layer: str, rows: int) -> int:
         live = next((n for pattern, n in self._rows.items() if re.search(pattern, layer)), None)
@@ -209,13 +229,23 @@ class Answers(KnownValues):
         raise Unknown(f"it is not known which rows of dL/dY are zero in {layer!r}, and they are skipped")
 
     def _check_columns(self, layer: str, columns: int, rows: int) -> None:
-        """Refuse where an element of each row may well be zero in the same column."""
+        """Refuse where so many columns may well be zero that they are left out."""
         # A change of basis fills every column.
         if isinstance(self._model.get_submodule(layer), SparseGradLinear):
             return
+        if not self._columns_hold:
+            raise Unknown(f"it is not known which columns of dL/dY are zero in {layer!r}, and they are skipped")
         dropout = max((m.p for m in self._model.modules() if isinstance(m, nn.Dropout)), default=0.0)
-        if columns * dropout**rows > EMPTY_COLUMNS:
+        if _log_odds(columns, math.ceil(LEAST_ZERO_SHARE * columns), dropout**rows) > math.log(EMPTIED):
             raise Unknown(
-                f"dropout of {dropout:g} may empty whole columns of dL/dY in {layer!r}, where {rows} rows reach the "
+                f"dropout of {dropout:g} may empty many columns of dL/dY in {layer!r}, where {rows} rows reach the "
                 "loss, and they are skipped; predict a larger batch"
             )
+
+
+def _log_odds(count: int, least: int, chance: float) -> float:
+    """A bound on the logarithm of the odds that `least` or more of `count` befalls what befalls each by `chance`."""
+    if not chance:
+        return -math.inf
+    ways = math.lgamma(count + 1) - math.lgamma(least + 1) - math.lgamma(count - least + 1)
+    return ways + least * math.log(chance)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from benchmarks.harness import models, text
 from benchmarks.harness.errors import InputError
 from sparsegrad.mlp import FAMILIES, find_layers
+from sparsegrad.products import skips
 
 DTYPES = {
     "float32": torch.float32,
@@ -42,7 +43,7 @@ SMOOTH_ACTIVATIONS = (
     "tanh",
 )
 # Encoders (model types) whose classification head reads the first token of the last layer.
-FIRST_TOKEN_ENCODERS = ("bert", "roberta", "xlm-roberta")
+FIRST_TOKEN_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 
 # What a packaged checkpoint is trained on by default.
 DEFAULT_DATA = {"encoder": "trec", "decoder": "movie"}
@@ -120,6 +121,9 @@ class Workload(ABC):
     def batches_alike(self, count: int) -> bool:
         """Whether the first `count` batches differ in nothing that decides what a step allocates."""
         return True
+
+    # Whether, dropout apart, no column of dL/dY is zero throughout.
+    columns_hold: bool = True
 
     def gradient_rows(self) -> Mapping[str, int | None]:
         """How many rows of dL/dY (one for each of batch x seq tokens) are not zero throughout, in the first batch.
@@ -377,17 +381,22 @@ class ModelWorkload(Workload):
         that is not padding.
         """
         config = self.source.config
-        if getattr(config, self._activation, None) not in SMOOTH_ACTIVATIONS:
-            return {}
-        if self.source.kind == "decoder" and config.model_type in FAMILIES:
+        if self.source.kind == "decoder":
             # The first query has one key only: the gradient of its softmax is zero, or what rounding makes of that.
-            query = FAMILIES[config.model_type].attention.get("query", "$^")
-            return {rf"(^|\.)({query})$": None, "": self.batch * (self.seq - 1)}
+            unsure = None if skips(2, self.seq) else self.batch * (self.seq - 1)
+            query = FAMILIES[config.model_type].attention.get("query", "$^") if config.model_type in FAMILIES else ".*"
+            return {rf"(^|\.)({query})$": unsure, "": self.batch * (self.seq - 1)}
         if config.model_type in FIRST_TOKEN_ENCODERS:
-            last = rf"encoder\.layer\.{config.num_hidden_layers - 1}\.(?!attention\.self\.(key|value)$)"
+            others = r"(?!attention\.(self\.(key|value)|[kv]_lin)$)"
+            last = rf"(encoder|transformer)\.layer\.{config.num_hidden_layers - 1}\.{others}"
             tokens = int(next(self.batches())["attention_mask"].sum()) if self._pads else self.batch * self.seq
-            return {last: self.batch, r"encoder\.layer\.": tokens, r"pooler\.": self.batch}
+            return {last: self.batch, r"(encoder|transformer)\.layer\.": tokens, "": self.batch}
         return {}
+
+    @property
+    def columns_hold(self):
+        """Whether the activation's derivative is zero at single points only."""
+        return getattr(self.source.config, self._activation, None) in SMOOTH_ACTIVATIONS
 
     @property
     def _pads(self) -> bool:

@@ -1,5 +1,7 @@
 """The ceiling and the floor: everything trains, or the head alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -57,14 +59,27 @@ def test_a_step_moves_what_trains_and_nothing_else(name, moving, apply):
     assert moved == trainable(model)
 
 
-@pytest.mark.parametrize("name", ["full", "head"])
-def test_nothing_is_replaced(name, build_model, apply):
+def test_head_replaces_nothing(build_model, apply):
     model = build_model("bert")
     modules = [id(module) for module in model.modules()]
-    method = apply(name, model)
+    method = apply("head", model)
     assert [id(module) for module in model.modules()] == modules
     assert method.export(model) is model
     assert [id(module) for module in model.modules()] == modules
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_full_is_plain_training(family, build_model, apply, train, logits):
+    model, plain = build_model(family), build_model(family)
+    method = apply("full", model)
+    train(method, model, 3, 1e-2)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0, foreach=False, fused=False)
+    train(SimpleNamespace(optimizers=lambda *_: [optimizer], after_backward=id, after_step=id), plain, 3, 1e-2)
+    expected = logits(plain)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    exported = method.export(model)
+    assert [type(module) for module in exported.modules()] == [type(module) for module in plain.modules()]
+    torch.testing.assert_close(logits(exported), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_lone_layer_has_no_head_and_no_optimizer(apply):

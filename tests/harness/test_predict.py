@@ -54,6 +54,9 @@ CONFIGS = {
         "vocab_size": 1009,
         "tie_word_embeddings": True,
     },
+    "albert": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "electra": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "distilbert": {"dim": 48, "hidden_dim": 96, "n_layers": 2, "n_heads": 2},
 }
 # `text`: a tokenizer lies beside the config, so that questions of unequal length are padded to `seq`.
 MODELS = {
@@ -193,13 +196,29 @@ def test_a_preset():
     assert record.budget_params == own
 
 
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [("electra", "intermediate.dense,key"), ("distilbert", "lin1,lin2,v_lin"), ("distilbert", "all-linear")],
+)
+@pytest.mark.parametrize("method", ["sparsegrad", "lora", "full"])
+def test_encoders_of_other_families(method, model_type, targets, model_path):
+    assert_equal_to_the_byte(spec(method, model=model_path(model_type), targets=targets, batch=8, seq=12))
+
+
 def test_attention_layers(model_path):
-    options = {"batch": 8, "seq": 6, "targets": "attention", "attention": "eager"}
+    options = {"batch": 8, "seq": 18, "targets": "attention", "attention": "eager"}
     assert_equal_to_the_byte(spec("sparsegrad", model=model_path("bert"), **{**options, "targets": "all-linear"}))
     assert_equal_to_the_byte(spec("meprop-weight", model=model_path("gpt2"), **options))
     assert_equal_to_the_byte(spec("lora", model=model_path("llama"), **options))
-    # What the softmax of a decoder's first query, which has one key, sends back is a matter of rounding.
-    record = predict(spec("sparsegrad", model=model_path("llama"), **options))
+    assert_equal_to_the_byte(spec("sparsegrad", model=model_path("llama"), **options))
+
+
+@pytest.mark.parametrize("method", ["sparsegrad", "lora", "full"])
+def test_first_queries_of_short_sequences(method, model_path):
+    # What the softmax of a decoder's first query, which has one key, sends back is a matter of rounding; where
+    # sequences are short, it decides whether zero rows are many enough to be skipped.
+    options = {"batch": 8, "seq": 16, "targets": "attention", "attention": "eager"}
+    record = predict(spec(method, model=model_path("llama"), **options))
     assert record.status == "refused"
     assert "self_attn.q_proj" in record.reason
 
@@ -223,25 +242,34 @@ def test_calibration_that_does_not_repeat_itself_runs_whole(case, model_path, mo
 
 
 def test_columns_that_dropout_may_empty_are_refused(model_path):
-    options = {"model": model_path("bert"), "batch": 2, "seq": 12}
+    options = {"model": model_path("bert"), "batch": 1, "seq": 12}
     record = predict(spec("meprop-weight", **options))
     assert record.status == "refused"
-    assert "dropout of 0.1 may empty whole columns" in record.reason
+    assert "dropout of 0.1 may empty many columns" in record.reason
     assert record.peak_step_bytes is None
-    # 48 columns, two rows, one in ten: not so behind a change of basis, which mixes the columns, nor without dropout.
+    # 48 columns, one row, one in ten: not so behind a change of basis, which mixes the columns, nor without dropout.
     assert_equal_to_the_byte(spec("sparsegrad", **options))
     without = model_path("bert", changes=(("hidden_dropout_prob", 0.0), ("attention_probs_dropout_prob", 0.0)))
     assert_equal_to_the_byte(spec("meprop-weight", **{**options, "model": without}))
+    # Two rows leave one column in a hundred empty: an eighth of 48 never.
+    assert_equal_to_the_byte(spec("meprop-weight", **{**options, "batch": 2}))
 
 
-@pytest.mark.parametrize("method", ["sparsegrad", "meprop-weight"])
-def test_rows_of_which_nothing_is_known_are_refused(method, model_path):
-    options = {"batch": 8, "seq": 12}
+def test_columns_of_which_nothing_is_known_are_refused(model_path):
     relu = model_path("bert", changes=(("hidden_act", "relu"),))
-    record = predict(spec(method, model=relu, **options))
+    record = predict(spec("meprop-weight", model=relu, batch=8, seq=12))
+    assert record.status == "refused"
+    assert "not known which columns of dL/dY are zero" in record.reason
+    assert_equal_to_the_byte(spec("lora", model=relu, batch=8, seq=12))
+
+
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop-weight", "lora", "full"])
+def test_rows_of_which_nothing_is_known_are_refused(method, model_path):
+    # Whose classifier reads what is not known.
+    options = {"model": model_path("albert"), "targets": "ffn,ffn_output", "batch": 8, "seq": 12}
+    record = predict(spec(method, **options))
     assert record.status == "refused"
     assert "not known which rows of dL/dY are zero" in record.reason
-    assert predict(spec("lora", model=relu, **options)).status == "ok"
 
 
 def test_a_decoder_of_one_token_has_no_row(model_path):

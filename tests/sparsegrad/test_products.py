@@ -177,8 +177,18 @@ def test_live_rows_go_out_and_come_back(live):
     assert torch.equal(rows.back(rows.of(x)), expected)
 
 
-def test_live_rows_copy_nothing_where_every_row_lives():
-    dy, x = torch.ones(5, 3), torch.randn(5, 4)
+@pytest.mark.parametrize(("zero", "count"), [(1, 8), (1, 7), (2, 16)])
+def test_an_eighth_of_zero_rows_is_skipped(zero, count):
+    dy = torch.ones(count, 3)
+    dy[:zero] = 0
+    assert LiveRows(dy).of(torch.ones(count, 4)).shape[0] == count - zero
+    assert nonzero_stripes(dy.T).cols.tolist() == list(range(zero, count))
+
+
+@pytest.mark.parametrize(("zero", "count"), [(0, 5), (1, 9), (2, 17)])
+def test_a_few_zero_rows_are_multiplied_along(zero, count):
+    dy, x = torch.ones(count, 3), torch.randn(count, 4)
+    dy[:zero] = 0
     rows = LiveRows(dy)
     assert rows.of(x) is x
     assert rows.back(x) is x
