@@ -6,12 +6,34 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsegrad import Ranks, SparseGradError, SparseGradLinear, StreamingHOSVD, TransitionMatrices, calibrate
 from sparsegrad.support import kept_energy
 
 D_IN, D_HIDDEN = 5, 7
 LAYERS = {"up": ["0.up", "1.up"], "down": ["0.down", "1.down"]}
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations return inside, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes, default=0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return result
 
 
 class Block(nn.Module):
@@ -116,18 +138,55 @@ def test_float32_bases_are_orthogonal_and_lead_with_the_same_directions():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_gram_matrices_accumulate_in_float32_at_least(dtype):
-    gradients = [torch.randn(7, 5).to(dtype) for _ in range(200)]
-    hosvd = StreamingHOSVD(7, 5, dtype=dtype)
+@pytest.mark.parametrize(("d_out", "d_in"), [(7, 5), (523, 300)])  # 523: three blocks of rows, the last one odd
+def test_gram_matrices_accumulate_in_float32_within_the_stated_error(dtype, d_out, d_in):
+    count = 200 if d_out == 7 else 4
+    gradients = [torch.randn(d_out, d_in).to(dtype) for _ in range(count)]
+    hosvd = StreamingHOSVD(d_out, d_in, dtype=dtype)
     for gradient in gradients:
         hosvd.update(gradient)
-    gram_in = sum(g.double().T @ g.double() for g in gradients)
-    gram_out = sum(g.double() @ g.double().T for g in gradients)
-    # 200 additions of values near 7: far inside 1e-4 in float32, far outside in the narrow types.
-    assert hosvd.gram_in.dtype == torch.float32
-    assert (hosvd.gram_in - gram_in).abs().max() < 1e-4 * gram_in.abs().max()
-    assert (hosvd.gram_out - gram_out).abs().max() < 1e-4 * gram_out.abs().max()
+    for side, entries, terms in (
+        (hosvd.side_in, d_out, [g.double().T @ g.double() for g in gradients]),
+        (hosvd.side_out, d_in, [g.double() @ g.double().T for g in gradients]),
+    ):
+        assert {block.dtype for block in side.blocks} == {torch.float32}
+        exact = sum(terms)
+        scale = exact.diagonal().sqrt()
+        error = (side.lower() - exact).tril() / scale[:, None] / scale
+        assert error.abs().max() < 2**-24 * (entries + count)
     assert hosvd.transition_matrices(dtype).U.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bases_of_several_blocks_are_those_of_the_whole_gram_matrix(dtype):
+    d_out, d_in = 523, 300
+    gradients = [torch.randn(d_out, d_in, dtype=torch.float64).to(dtype) for _ in range(3)]
+    bases = decompose(gradients, torch.float64 if dtype == torch.float64 else dtype)
+    for matrix, side in ((bases.U, [g.T for g in gradients]), (bases.V, gradients)):
+        gram = sum(g.double() @ g.double().T for g in side)
+        rotated = matrix.double() @ gram @ matrix.double().T
+        values = torch.linalg.eigvalsh(gram).flip(0)
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(rotated, values.diag(), rtol=0, atol=tolerance * float(values[0]))
+
+
+def test_a_gradient_is_not_copied_as_a_whole():
+    d_out, d_in = 700, 900
+    hosvd = StreamingHOSVD(d_out, d_in, dtype=torch.bfloat16)
+    gradient = torch.randn(d_out, d_in).bfloat16()
+    with Allocations() as made:
+        hosvd.update(gradient)
+    assert 0 < made.largest <= 900 * 256 * 4
+
+
+def test_a_decomposition_keeps_one_square_matrix_of_float64():
+    size = 400
+    hosvd = StreamingHOSVD(size, size, Ranks(size, 0))
+    hosvd.update(torch.randn(size, size))
+    with Allocations() as made:
+        hosvd.transition_matrices(torch.float32)
+    assert sorted(made.sizes)[-2:] == [4 * size**2, 8 * size**2]
+    assert sorted(made.sizes)[-3] <= 64 * 8 * size
 
 
 def test_signs_do_not_depend_on_the_gradients_sign():
@@ -147,15 +206,18 @@ def test_a_gradient_that_is_not_finite_adds_nothing(value):
     with pytest.raises(SparseGradError, match="NaN or infinity"):
         hosvd.update(bad)
     assert hosvd.count == 1
-    assert torch.equal(hosvd.gram_in, torch.full((2, 2), 3.0))
-    assert torch.equal(hosvd.gram_out, torch.full((3, 3), 2.0))
+    assert torch.equal(hosvd.side_in.lower(), torch.full((2, 2), 3.0, dtype=torch.float64))
+    assert torch.equal(hosvd.side_out.lower(), torch.full((3, 3), 2.0, dtype=torch.float64))
 
 
-def test_no_basis_without_a_gradient():
+@pytest.mark.parametrize(("shape", "ranks"), [((3, 2), (3, 2)), ((90, 2), (2, 0))])
+def test_no_basis_without_a_gradient(shape, ranks):
     with pytest.raises(SparseGradError, match="0 gradients"):
-        StreamingHOSVD(3, 2).transition_matrices(torch.float32)
-    zeros = StreamingHOSVD(3, 2)
-    zeros.update(torch.zeros(3, 2))
+        StreamingHOSVD(*shape, Ranks(*ranks)).transition_matrices(torch.float32)
+    zeros = StreamingHOSVD(*shape, Ranks(*ranks))
+    zeros.refine()
+    zeros.update(torch.zeros(shape))
+    zeros.refine()
     with pytest.raises(SparseGradError, match="all are zero"):
         zeros.transition_matrices(torch.float32)
 
@@ -165,6 +227,11 @@ def test_gradients_whose_squares_overflow_are_refused():
     hosvd.update(torch.full((3, 2), 1e30))
     with pytest.raises(SparseGradError, match="overflow"):
         hosvd.transition_matrices(torch.float32)
+    sketch = StreamingHOSVD(90, 2, Ranks(2, 0))
+    sketch.update(torch.full((90, 2), 1e30))
+    for question in (sketch.refine, lambda: sketch.transition_matrices(torch.float32)):
+        with pytest.raises(SparseGradError, match="overflow"):
+            question()
 
 
 @pytest.mark.parametrize(("U", "V"), [((3, 2), (4, 4)), ((3, 3), (5, 4)), ((3,), (4, 4)), ((0, 3), (4, 4))])
@@ -192,6 +259,98 @@ def test_ranks_take_the_leading_directions(ranks):
 def test_ranks_beyond_the_weight_are_refused(ranks):
     with pytest.raises(SparseGradError, match=f"ranks of a weight of 6 x 4 .* got {ranks[0]} x {ranks[1]}"):
         StreamingHOSVD(6, 4, Ranks(*ranks))
+
+
+# Sketches: few directions of a large side
+
+
+def decaying(d_out: int, d_in: int, steps: int) -> list[list[torch.Tensor]]:
+    """Gradients whose singular values fall as 1 / sqrt(j), in directions that turn a little in each: step by step."""
+    spectrum = torch.arange(1, d_in + 1) ** -0.5
+    p, q = torch.linalg.qr(torch.randn(d_out, d_in)).Q, torch.linalg.qr(torch.randn(d_in, d_in)).Q
+    return [
+        [(p + torch.randn(d_out, d_in) * 0.3 * d_out**-0.5) * spectrum @ torch.randn(d_in, d_in) @ q.T for _ in "12"]
+        for _ in range(steps)
+    ]
+
+
+def sketched(steps, k: int, refine: bool, dtype=torch.float32, transposed: bool = False) -> torch.Tensor:
+    """(k, D): the leading directions of the rows of the gradients, or of the columns of their transposes."""
+    d_out, d_in = steps[0][0].shape
+    hosvd = (
+        StreamingHOSVD(d_in, d_out, Ranks(0, k), dtype=dtype)
+        if transposed
+        else StreamingHOSVD(d_out, d_in, Ranks(k, 0), dtype=dtype)
+    )
+    for gradients in steps:
+        if refine:
+            hosvd.refine()
+        for gradient in gradients:
+            hosvd.update(gradient.T if transposed else gradient)
+    bases = hosvd.transition_matrices(dtype)
+    return bases.U if transposed else bases.V
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(3, "_Sketch"), (16, "_Sketch"), (43, "_Gram"), (300, "_Gram")])
+def test_the_cheaper_way_is_taken(rank, kind):
+    # 16 and 8 more, up to a multiple of 16, are 32 test directions; 43 and 22 more are 80, and 4 x 80 > 300.
+    hosvd = StreamingHOSVD(300, 20, Ranks(rank, 1))
+    assert (type(hosvd.side_out).__name__, type(hosvd.side_in).__name__) == (kind, "_Gram")
+
+
+def test_refined_sketches_hold_the_energy_of_exact_directions():
+    k, steps = 16, decaying(300, 48, 10)
+    gram = sum(g.double() @ g.double().T for gradients in steps for g in gradients)
+    best = torch.linalg.eigvalsh(gram)[-k:].sum()
+    share = {}
+    for refine in (True, False):
+        rows = sketched(steps, k, refine).double()
+        assert (rows @ rows.T - torch.eye(k)).abs().max() < 1e-6
+        share[refine] = float(((rows @ gram) * rows).sum() / best)
+    assert share[True] > 0.99
+    assert share[True] > share[False]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_sketches_of_few_dimensions_are_exact(transposed, refine, dtype, limit):
+    d_out, k = 300, 6  # 16 test directions, of which 12 stay: as many as the gradients span
+    p = torch.linalg.qr(torch.randn(d_out, 12, dtype=torch.float64)).Q * 0.6 ** torch.arange(12)
+    steps = [[(p @ torch.randn(12, 24, dtype=torch.float64)).to(dtype) for _ in range(3)] for _ in range(4)]
+    rows = sketched(steps, k, refine, dtype, transposed)
+    _, _, V, _ = explicit_hosvd([g for gradients in steps for g in gradients])
+    assert misalignment(rows, V[:k]) < limit
+    assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_a_sketch_of_gradients_of_less_rank_is_completed(refine):
+    column = torch.randn(200, 1, dtype=torch.float64)
+    rows = sketched([[column, 2 * column], [column]], 5, refine, torch.float64)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert misalignment(rows[:1], (column / column.norm()).T) < 1e-12
+
+
+def test_sketches_do_not_touch_the_global_generator_and_agree():
+    steps = decaying(120, 12, 3)
+    state = torch.get_rng_state()
+    first = sketched(steps, 4, True)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(sketched(steps, 4, True), first)
+
+
+def test_calibrate_refines_between_steps(monkeypatch):
+    events = []
+    monkeypatch.setattr(StreamingHOSVD, "refine", lambda self: events.append("refine"))
+
+    def noting(model, batch):
+        events.append("backward")
+        backward(model, batch)
+
+    calibrate(blocks(), LAYERS, batches(2), noting)
+    assert events == ["refine", "refine", "backward"] * 2
 
 
 # Orientation: planted directions
