@@ -14,7 +14,17 @@ import baselines
 from baselines.method import Budget, Method, MethodError
 
 # The order in which tables list them; methods not named here follow by name.
-CORE = ("full", "head", "lora", "meprop-example", "meprop-unified", "meprop-weight", "random-mask", "sparsegrad")
+CORE = (
+    "full",
+    "head",
+    "lora",
+    "meprop-example",
+    "meprop-unified",
+    "meprop-weight",
+    "random-mask",
+    "sparsegrad",
+    "sparsegrad-core",
+)
 
 
 @cache

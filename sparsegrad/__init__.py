@@ -4,11 +4,17 @@
 >>> bases = calibrate(model, layers, batches)        # streaming HOSVD of their gradients
 >>> convert(model, layers, bases, density=0.01)      # in place; weight.grad is sparse from here on
 >>> merge(model)                                     # back to plain linear layers
+
+With less memory, the leading directions alone are trained, of frozen layers that need not keep their inputs:
+
+>>> bases = calibrate(model, layers, batches, ranks={"up": Ranks(105, 256), "down": Ranks(420, 64)})
+>>> convert_core(model, layers, bases)
 """
 
 from sparsegrad.adapted import AdaptedLinear, merge
 from sparsegrad.basis import Ranks, StreamingHOSVD, TransitionMatrices, calibrate
 from sparsegrad.convert import convert, load, load_optimizers, save
+from sparsegrad.core import CoreLinear, convert_core, core_shape
 from sparsegrad.errors import SparseGradError
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.mlp import find_layers
@@ -17,6 +23,7 @@ from sparsegrad.products import dense_product, sparse_by_dense
 
 __all__ = [
     "AdaptedLinear",
+    "CoreLinear",
     "Ranks",
     "SparseAdam",
     "SparseGradError",
@@ -25,6 +32,8 @@ __all__ = [
     "TransitionMatrices",
     "calibrate",
     "convert",
+    "convert_core",
+    "core_shape",
     "dense_product",
     "find_layers",
     "load",

@@ -292,6 +292,21 @@ def _signed(rising: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def check_bases(
+    model: nn.Module, layers: Mapping[str, Sequence[str]], bases: Mapping[str, TransitionMatrices]
+) -> dict[str, tuple[int, int]]:
+    """Kind -> (D_out, D_in), as `checked_shapes`; raises `SparseGradError` also where a kind's basis does not fit."""
+    shapes = checked_shapes(model, layers)
+    for kind, shape in shapes.items():
+        if kind not in bases:
+            raise SparseGradError(
+                f"no transition matrices are given for kind {kind!r}; there are some for: {', '.join(bases)}"
+            )
+        for name in layers[kind]:
+            bases[kind].check_fits(*shape, model.get_submodule(name).weight)
+    return shapes
+
+
 def calibrate(
     model: nn.Module,
     layers: Mapping[str, Sequence[str]],

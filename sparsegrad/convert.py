@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, is_transposed, replace_layers, weight_shape
-from sparsegrad.basis import TransitionMatrices
+from sparsegrad.basis import TransitionMatrices, check_bases
 from sparsegrad.errors import SparseGradError
 from sparsegrad.linear import PRODUCTS, SparseGradLinear
-from sparsegrad.mlp import checked_shapes
 from sparsegrad.support import resolve_nnz
 
 FORMAT = "sparsegrad-1"
@@ -46,16 +45,10 @@ def convert(
         SparseGradError: before anything is changed, for whatever does not fit.
     """
     check_unconverted(model)
-    shapes = checked_shapes(model, layers)
+    shapes = check_bases(model, layers, bases)
     if product not in PRODUCTS:
         raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
-    for kind, shape in shapes.items():
-        if kind not in bases:
-            raise SparseGradError(
-                f"no transition matrices are given for kind {kind!r}; there are some for: {', '.join(bases)}"
-            )
-        for name in layers[kind]:
-            bases[kind].check_fits(*shape, model.get_submodule(name).weight)
+    for shape in shapes.values():
         resolve_nnz(shape, nnz=nnz, density=density)
     for kind, names in layers.items():
         basis = bases[kind]

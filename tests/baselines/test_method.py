@@ -27,6 +27,7 @@ OWN = {
     "meprop-weight": ("weight",),
     "random-mask": ("values",),
     "sparsegrad": ("weight",),
+    "sparsegrad-core": ("core",),
 }
 SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad")
 
@@ -377,6 +378,7 @@ def test_adamw_does_not_decay_weights(build_model, apply):
         ("meprop-weight", 10, 0, 4 * 384),
         ("random-mask", 10, 4 * 10, 4 * 10),
         ("sparsegrad", 10, 0, 4 * 384),
+        ("sparsegrad-core", 10, 4 * 10, 4 * 10),
     ],
 )
 def test_counts_of_a_classifier(name, budget, added, own, build_model, apply):
@@ -436,6 +438,7 @@ BUDGETS = {name: [None, 1] for name in METHODS}
 BUDGETS |= {name: [None] for name in WITHOUT}
 BUDGETS |= {"lora": [3, 1], "meprop-example": [5, 1], "meprop-unified": [5, 1]}
 BUDGETS |= {name: [0.07, 29, 1, 1.0] for name in CORE_DENSITY}
+BUDGETS["sparsegrad-core"] = [0.07, 29, 1, 1.0, "5x3", "0x3"]
 FORMULA_CASES = [(name, budget) for name in METHODS for budget in BUDGETS[name]]
 
 
@@ -514,7 +517,7 @@ class Student(nn.Module):
 
 LAYERS = {"up": ["up"], "down": ["down"]}
 BUDGET = {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
-BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2}
+BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2, "sparsegrad-core": 0.7}
 
 
 # The loss must fall to less than this share of what it was, and of what the rest of the model reaches by itself.

@@ -15,7 +15,17 @@ from baselines.meprop import MePropExample
 from baselines.method import MethodError
 
 ROOT = Path(baselines.__file__).parents[1]
-CORE = ["full", "head", "lora", "meprop-example", "meprop-unified", "meprop-weight", "random-mask", "sparsegrad"]
+CORE = [
+    "full",
+    "head",
+    "lora",
+    "meprop-example",
+    "meprop-unified",
+    "meprop-weight",
+    "random-mask",
+    "sparsegrad",
+    "sparsegrad-core",
+]
 
 A_METHOD = """
 from baselines.lora import LoRA
@@ -114,7 +124,7 @@ def test_an_added_method_is_gone_again():
             [("full", None), ("lora", 7), ("sparsegrad", 0.01), ("sparsegrad", 0.01)],
         ),
         (" lora [ 7 ] ,\tmeprop-example[3]", [("lora", 7), ("meprop-example", 3)]),
-        ("random-mask[82x326]", [("random-mask", "82x326")]),
+        ("sparsegrad-core[82x326]", [("sparsegrad-core", "82x326")]),
         ("lora[-3]", [("lora", -3)]),
         ("sparsegrad[1]", [("sparsegrad", 1)]),
         ("sparsegrad[1.]", [("sparsegrad", 1.0)]),

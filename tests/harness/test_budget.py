@@ -23,6 +23,9 @@ def test_rank_7_of_the_encoder():
     # Entries: the same number in each layer. Outputs: k rows of D_in entries, over both kinds 2 (D_in + D_out) / 2.
     assert equal_trainable("sparsegrad", reference, ENCODER) == 7 * (384 + 1536)
     assert equal_trainable("random-mask", reference, ENCODER) == 7 * (384 + 1536)
+    # As many fit a core of either shape: 70 x 192 and 280 x 48.
+    assert equal_trainable("sparsegrad-core", reference, ENCODER) == 7 * (384 + 1536)
+    assert budget_params("sparsegrad-core", 7 * (384 + 1536), ENCODER) == reference
     assert equal_trainable("meprop-unified", reference, ENCODER) == 14
     assert equal_trainable("lora", reference, ENCODER) == 7
 

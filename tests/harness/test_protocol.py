@@ -282,6 +282,7 @@ def test_counts(method):
         "meprop-weight": (layers * weight, layers * k, layers * weight, layers * k),
         "random-mask": (layers * k,) * 4,
         "sparsegrad": (layers * weight, layers * k, layers * weight, layers * k),
+        "sparsegrad-core": (layers * k,) * 4,
     }[method]
     rest = 0 if method == "head" else biases
     assert result["trainable_params"] == own[0] + rest
@@ -291,7 +292,7 @@ def test_counts(method):
     assert result["touched_steps"] == steps
     if method in ("sparsegrad", "meprop-weight"):
         assert layers * k + rest <= result["touched_params"] <= steps * layers * k + rest
-    elif method in ("lora", "random-mask", "head"):
+    elif method in ("lora", "random-mask", "sparsegrad-core", "head"):
         assert result["touched_params"] == own[0] + rest
 
 
