@@ -23,6 +23,7 @@ CORE = (
     "meprop-weight",
     "random-mask",
     "sparsegrad",
+    "sparsegrad-fixed",
     "sparsegrad-core",
 )
 

@@ -16,6 +16,7 @@ from sparsegrad.basis import Ranks, StreamingHOSVD, TransitionMatrices, calibrat
 from sparsegrad.convert import convert, load, load_optimizers, save
 from sparsegrad.core import CoreLinear, convert_core, core_shape
 from sparsegrad.errors import SparseGradError
+from sparsegrad.fixed import FixedLinear, choose_entries, convert_fixed, fixed_ranks
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.mlp import find_layers
 from sparsegrad.optim import SparseAdam
@@ -24,6 +25,7 @@ from sparsegrad.products import dense_product, sparse_by_dense
 __all__ = [
     "AdaptedLinear",
     "CoreLinear",
+    "FixedLinear",
     "Ranks",
     "SparseAdam",
     "SparseGradError",
@@ -31,11 +33,14 @@ __all__ = [
     "StreamingHOSVD",
     "TransitionMatrices",
     "calibrate",
+    "choose_entries",
     "convert",
     "convert_core",
+    "convert_fixed",
     "core_shape",
     "dense_product",
     "find_layers",
+    "fixed_ranks",
     "load",
     "load_optimizers",
     "merge",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsegrad.errors import SparseGradError
 from sparsegrad.gradients import default_backward, stream_gradients
 from sparsegrad.mlp import checked_shapes
-from sparsegrad.values import passes
+from sparsegrad.values import check_finite, passes
 
 
 class Ranks(NamedTuple):
@@ -133,9 +133,7 @@ class StreamingHOSVD:
 
     def update(self, gradient: Tensor) -> None:
         """Add one gradient G (D_out, D_in). Raises `SparseGradError` for a NaN or an infinity, and adds nothing."""
-        low, high = torch.aminmax(gradient)
-        if not passes(torch.isfinite(low) & torch.isfinite(high)):
-            raise SparseGradError("a weight gradient holds NaN or infinity; lower the loss scale or check the batches")
+        check_finite(gradient)
         if self.side_in is not None:
             self.side_in.add(gradient.T)
         if self.side_out is not None:

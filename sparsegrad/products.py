@@ -115,11 +115,16 @@ def _take(a: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     return a if cols is None else a[:, cols]
 
 
+# A block whose entries lie in less than this share of the columns is multiplied by those columns alone: more would cost
+# more to gather than it saves.
+NARROW = 1 / 4
+
+
 class Selection:
     """Fixed entries (rows, cols) of an (M, P) matrix, cut into row blocks so that a product can be made block by block.
 
     Args:
-        flat: sorted flat indices `row * P + col`, (k,), of any integer type: each block's are widened by themselves.
+        flat: sorted flat indices `row * P + col`, (k,), of any integer type.
         shape: (M, P).
         block_rows: rows per block; what `select` holds at once is one block of (block_rows, P).
     """
@@ -129,6 +134,7 @@ class Selection:
         edges = torch.arange(0, shape[0] + block_rows, block_rows, device=flat.device) * shape[1]
         bounds = self._bounds(torch.searchsorted(flat.long(), edges), flat.numel(), shape[0])
         self.blocks = [(i, low, high) for i, (low, high) in enumerate(pairwise(bounds)) if low < high]
+        self._narrow = {i for i, low, high in self.blocks if _is_narrow(flat[low:high], shape[1])}
 
     def _bounds(self, found: Tensor, count: int, rows: int) -> list[int]:
         try:
@@ -137,11 +143,39 @@ class Selection:
             # Fake: nobody knows where the entries are. Each block gets its rows' share.
             return [count * min(i * self.width, rows) // rows for i in range(found.numel())]
 
-    def select(self, a: Tensor, b: Tensor, flat: Tensor) -> Tensor:
-        """The entries of `a.T @ b` at `flat`, for `a` (T, M) and `b` (T, P), without the whole product: (k,)."""
+    def select(self, a: Tensor, b: Tensor, flat: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """The entries of `a.T @ b` at `flat`, for `a` (T, M) and `b` (T, P), without the whole product: (k,).
+
+        With a `rotation` R (M, N) and `a` (T, N) those of `R @ a.T @ b`, where R too is applied block by block.
+        """
         out = a.new_empty(flat.numel())
+        # Every block begins at a multiple of its size. One temporary, whose size does not depend on where entries are.
+        local = flat.to(torch.int64, copy=True).remainder_(self.width * b.shape[1])
         for i, low, high in self.blocks:
-            first = i * self.width
-            block = a[:, first : first + self.width].T @ b
-            torch.take(block, flat[low:high].long() - first * b.shape[1], out=out[low:high])
+            rows = slice(i * self.width, (i + 1) * self.width)
+            part = a[:, rows] if rotation is None else a @ rotation[rows].T
+            if i in self._narrow:
+                col, held = local[low:high].remainder(b.shape[1]), _held_columns(local[low:high], b.shape[1])
+                block = part.T @ b[:, held.nonzero().squeeze(1)]
+                where = local[low:high].div(b.shape[1], rounding_mode="floor").mul_(block.shape[1])
+                where += held.cumsum(0).sub_(1)[col]
+            else:
+                where = local[low:high]
+                block = part.T @ b
+            torch.take(block, where, out=out[low:high])
+            del part, block
         return out
+
+
+def _held_columns(flat: Tensor, width: int) -> Tensor:
+    """Which of the `width` columns hold an entry, (width,) of bool."""
+    held = torch.zeros(width, dtype=torch.bool, device=flat.device)
+    return held.index_fill_(0, flat.remainder(width).long(), True)
+
+
+def _is_narrow(flat: Tensor, width: int) -> bool:
+    try:
+        return int(_held_columns(flat, width).sum()) < NARROW * width
+    except DataDependentOutputException:
+        # Fake: entries that are spread evenly lie in every column.
+        return False

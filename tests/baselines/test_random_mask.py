@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from baselines.random_mask import MaskedLinear, MaskFunction, position_dtype
+from sparsegrad import FixedLinear, TransitionMatrices
 from sparsegrad.adapted import adapted_layers
-from sparsegrad.products import Selection
 
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-13}
 # T, D_in, D_out, flat positions in (D_out, D_in). The weight gradient is made in blocks of an eighth of the D_out rows,
@@ -28,7 +27,8 @@ def make(d_in, d_out, positions, bias=True, dtype=torch.float64):
     for parameter in linear.parameters():
         nn.init.normal_(parameter)
     weight = linear.weight.detach().clone()
-    return weight, linear.bias, MaskedLinear(linear, torch.tensor(list(positions), dtype=torch.int32))
+    index = torch.tensor(list(positions), dtype=torch.int32)
+    return weight, linear.bias, FixedLinear.in_basis(linear, TransitionMatrices(None, None), index)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -49,20 +49,6 @@ def test_gradients(case, bias):
     if bias:
         torch.testing.assert_close(layer.bias.grad, dy.sum(0), **FLOAT64)
     assert layer.weight.grad is None
-
-
-def test_gradcheck():
-    torch.manual_seed(1)
-    positions = torch.tensor([0, 4, 5, 13, 14])
-    weight = torch.randn(5, 3, dtype=torch.float64)
-    selection = Selection(positions, (5, 3), 2)
-
-    def function(x, values, bias):
-        holding = weight.flatten().index_copy(0, positions, values.detach()).view(5, 3)
-        return MaskFunction.apply(x, values, holding, bias, positions, selection)
-
-    leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(4, 3), (5,), (5,)]]
-    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,11 +89,6 @@ def test_forward_may_be_repeated_before_backward():
     torch.testing.assert_close(layer.values.grad, expected, **FLOAT64)
     for x, dy in zip(xs, dys, strict=True):
         torch.testing.assert_close(x.grad, dy @ weight, **FLOAT64)
-
-
-@pytest.mark.parametrize(("count", "expected"), [(1, torch.int32), (2**31 - 1, torch.int32), (2**31, torch.int64)])
-def test_positions_are_as_narrow_as_they_can_be(count, expected):
-    assert position_dtype(count) == expected
 
 
 # --- the method

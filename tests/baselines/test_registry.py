@@ -24,6 +24,7 @@ CORE = [
     "meprop-weight",
     "random-mask",
     "sparsegrad",
+    "sparsegrad-fixed",
     "sparsegrad-core",
 ]
 

@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines.method import Setting
 from baselines.registry import get, methods
-from sparsegrad.adapted import adapted_layers
 
 D_IN, D_OUT, TOKENS = 12, 20, 32
 LIVE = [0, 3, 4, 17, 30]
@@ -63,12 +62,12 @@ def test_tokens_that_do_not_count_add_nothing_and_cost_nothing(name):
     live_dx, live_own, live_flops = gradients(model, x[LIVE], dy[LIVE])
     assert torch.equal(dx[dead], torch.zeros(len(dead), D_IN, dtype=torch.float64))
     torch.testing.assert_close(dx[LIVE], live_dx, rtol=1e-12, atol=1e-12)
-    assert own.keys() == live_own.keys() and own
+    assert own
+    assert own.keys() == live_own.keys()
     for parameter, gradient in own.items():
         torch.testing.assert_close(gradient, live_own[parameter], rtol=1e-12, atol=1e-12)
     assert live_flops > 0
     # The rotation of dL/dY into a basis comes before its zero rows are looked for.
-    ((_, layer),) = adapted_layers(model)
     ahead = 2 * (TOKENS - len(LIVE)) * D_OUT * D_OUT if name == "sparsegrad" else 0
     assert flops == live_flops + ahead
 
@@ -79,4 +78,5 @@ def test_no_token_counts(name):
     x, _ = next(batches())
     dx, own, _ = gradients(model, x, torch.zeros(TOKENS, D_OUT, dtype=torch.float64))
     assert not dx.any()
-    assert own and not any(gradient.any() for gradient in own.values())
+    assert own
+    assert not any(gradient.any() for gradient in own.values())

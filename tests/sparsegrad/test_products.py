@@ -142,26 +142,39 @@ def test_no_token_gives_zeros():
     assert torch.equal(gradient, torch.zeros(5, 3))
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("block_rows", [1, 2, 5, 7, 9])
-@pytest.mark.parametrize("entries", ["all", "one", "corners", "some"])
-@pytest.mark.parametrize("shape", [(7, 5), (1, 11), (7, 1)])
-def test_selection_takes_the_entries_of_the_product(shape, entries, block_rows):
+@pytest.mark.parametrize("entries", ["all", "one", "corners", "some", "first rows and a column"])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 11), (7, 1), (13, 17)])
+def test_selection_takes_the_entries_of_the_product(shape, entries, block_rows, rotated):
     m, p = shape
+    column = [row * p + p // 2 for row in range(m)]
     flat = {
         "all": torch.arange(m * p),
         "one": torch.tensor([m * p // 2]),
         "corners": torch.tensor(sorted({0, m * p - 1})),
         "some": torch.randperm(m * p)[: max(1, m * p // 3)].sort().values,
+        "first rows and a column": torch.tensor(sorted({*range(min(2, m) * p), *column})),
     }[entries]
-    a, b = matrix(3, m), matrix(3, p)
-    expected = torch.einsum("tm,tp->mp", a, b).flatten()[flat]
+    n = 4 if rotated else m
+    a, b, rotation = matrix(3, n), matrix(3, p), matrix(m, n) if rotated else None
+    expected = torch.einsum("tm,tp->mp", a, b)
+    expected = (torch.einsum("mn,np->mp", rotation, expected) if rotated else expected).flatten()[flat]
     selection = Selection(flat.int(), shape, block_rows)
-    torch.testing.assert_close(selection.select(a, b, flat), expected, **EXACT)
+    torch.testing.assert_close(selection.select(a, b, flat.int(), rotation), expected, **EXACT)
+
+
+def test_selection_multiplies_only_the_columns_that_hold_an_entry():
+    t, m, p, block_rows = 3, 6, 9, 3
+    # Two columns of the first block's nine (one of them twice) are few, three of the second's are not.
+    flat = torch.tensor([1, 4, 2 * p + 1, 3 * p, 4 * p + 1, 5 * p + 2])
+    selection = Selection(flat, (m, p), block_rows)
+    assert flops(selection.select, torch.ones(t, m), torch.ones(t, p), flat) == 2 * t * block_rows * (2 + p)
 
 
 def test_selection_multiplies_only_the_blocks_that_hold_an_entry():
     t, m, p, block_rows = 3, 12, 5, 4
-    flat = torch.tensor([5 * p + 1, 6 * p])  # rows 5 and 6: the second of three blocks
+    flat = torch.tensor([5 * p + 1, 6 * p])  # rows 5 and 6: the second of three blocks, and not few of its columns
     selection = Selection(flat, (m, p), block_rows)
     assert flops(selection.select, torch.ones(t, m), torch.ones(t, p), flat) == 2 * t * block_rows * p
 
