@@ -8,7 +8,8 @@ from torch import nn
 from baselines.method import EntryMethod, LayerBytes, size
 from sparsegrad.adapted import adapted_layers, replace_layers, weight_shape
 from sparsegrad.basis import TransitionMatrices
-from sparsegrad.fixed import FixedLinear, position_dtype
+from sparsegrad.fixed import FixedLinear
+from sparsegrad.support import position_dtype
 
 
 class RandomMask(EntryMethod):

@@ -9,8 +9,9 @@ import torch
 from baselines.method import EntryMethod, LayerBytes, size
 from sparsegrad import calibrate
 from sparsegrad.adapted import adapted_layers
-from sparsegrad.fixed import choose_entries, convert_fixed, fixed_ranks, position_dtype
+from sparsegrad.fixed import choose_entries, convert_fixed, fixed_ranks
 from sparsegrad.mlp import checked_shapes
+from sparsegrad.support import position_dtype
 
 
 class SparseGradFixed(EntryMethod):

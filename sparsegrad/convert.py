@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, is_transposed, replace_layers, weight_shape
 from sparsegrad.basis import TransitionMatrices, check_bases
 from sparsegrad.errors import SparseGradError
-from sparsegrad.linear import PRODUCTS, SparseGradLinear
+from sparsegrad.linear import PRODUCTS, SparseGradLinear, check_blocks
 from sparsegrad.support import resolve_nnz
 
 FORMAT = "sparsegrad-1"
@@ -30,6 +30,7 @@ def convert(
     nnz: int | None = None,
     density: float | None = None,
     product: str = "sparse-by-dense",
+    blocks: int = 1,
 ) -> nn.Module:
     """Replace the named linear layers by `SparseGradLinear`, in place; returns the model.
 
@@ -39,7 +40,7 @@ def convert(
         bases: kind -> transition matrices, from `calibrate`.
         nnz: entries kept per layer and step; or
         density: their share of each layer's weight, in (0, 1].
-        product: see `SparseGradLinear`.
+        product, blocks: see `SparseGradLinear`.
 
     Raises:
         SparseGradError: before anything is changed, for whatever does not fit.
@@ -48,6 +49,7 @@ def convert(
     shapes = check_bases(model, layers, bases)
     if product not in PRODUCTS:
         raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
+    check_blocks(blocks)
     for shape in shapes.values():
         resolve_nnz(shape, nnz=nnz, density=density)
     for kind, names in layers.items():
@@ -56,7 +58,7 @@ def convert(
             model,
             names,
             lambda layer, basis=basis: SparseGradLinear.in_basis(
-                layer, basis, nnz=nnz, density=density, product=product
+                layer, basis, nnz=nnz, density=density, product=product, blocks=blocks
             ),
         )
     return model
@@ -85,6 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike, optimizers: Sequence[Optimiz
             name: {
                 "nnz": layer.nnz,
                 "product": layer.product,
+                "blocks": layer.blocks,
                 "basis": aliases.get(f"{name}.basis.U", f"{name}.basis.U"),
             }
             for name, layer in sparse.items()
@@ -146,7 +149,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         )
         # Copied: what was read from the file is not aligned as torch's own memory is, and products round differently.
         weight = stored[f"{name}.weight"].to(layer.weight, copy=True)
-        return SparseGradLinear(weight, layer.bias, basis, facts["nnz"], facts["product"], is_transposed(layer))
+        return SparseGradLinear(
+            weight, layer.bias, basis, facts["nnz"], facts["product"], is_transposed(layer), facts.get("blocks", 1)
+        )
 
     for name in layers:
         replace_layers(model, [name], lambda layer, name=name: build(name, layer))

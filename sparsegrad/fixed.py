@@ -31,12 +31,10 @@ from sparsegrad.errors import SparseGradError
 from sparsegrad.gradients import default_backward, stream_gradients
 from sparsegrad.linear import into_basis
 from sparsegrad.mlp import checked_shapes
-from sparsegrad.products import LiveRows, Selection
-from sparsegrad.support import resolve_nnz
+from sparsegrad.products import BLOCK_FRACTION, LiveRows, Selection
+from sparsegrad.support import position_dtype, resolve_nnz
 from sparsegrad.values import check_finite, passes
 
-# What is made in blocks (rows of the weight gradient, tokens of dL/dX) is made an eighth at a time, rounded up.
-BLOCK_FRACTION = 8
 # The choice of k entries remembers CANDIDATES * k. Over ten steps of a BERT encoder the worst layer's entries hold 83,
 # 99.0 and 99.5 % of the held-out energy that the choice by a dense sum has, with 2, 4 and 8 at k = 0.1 % of its weight,
 # and 99.4, 99.9 and 99.9 % at k = 1 % or more.
@@ -47,11 +45,6 @@ LEADING_FRACTION = 8
 LARGEST_SHARE = 4
 
 SIDES = ("smaller", "both")
-
-
-def position_dtype(count: int) -> torch.dtype:
-    """The narrowest index type for positions in a weight of `count` entries."""
-    return torch.int32 if count <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def fixed_ranks(

@@ -13,13 +13,14 @@ from sparsegrad.adapted import AdaptedLinear, is_linear, is_transposed, source_w
 from sparsegrad.basis import TransitionMatrices
 from sparsegrad.errors import SparseGradError
 from sparsegrad.products import (
+    LiveRows,
     RowBlock,
     dense_product,
     sparse_by_dense,
     transposed_dense_product,
     transposed_sparse_by_dense,
 )
-from sparsegrad.support import resolve_nnz, topk_coo
+from sparsegrad.support import resolve_nnz, topk_coo, topk_coo_of_product
 
 
 class Product(NamedTuple):
@@ -27,11 +28,12 @@ class Product(NamedTuple):
 
     input_gradient: Callable[[Tensor, Tensor], Tensor]
     weight_gradient: Callable[[Tensor, Tensor], RowBlock]
+    skips_zeros: bool
 
 
 PRODUCTS = {
-    "sparse-by-dense": Product(sparse_by_dense, transposed_sparse_by_dense),
-    "dense": Product(dense_product, transposed_dense_product),
+    "sparse-by-dense": Product(sparse_by_dense, transposed_sparse_by_dense, True),
+    "dense": Product(dense_product, transposed_dense_product, False),
 }
 
 
@@ -42,11 +44,11 @@ class SparseGradFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, U, V, nnz, product):
+    def forward(ctx, x, weight, bias, U, V, nnz, product, blocks):
         """x (T, D_in), weight W~ (D_out, D_in), U (D_in, D_in), V (D_out, D_out) -> (T, D_out)."""
         x_basis = x if U is None else x @ U.T
         ctx.save_for_backward(x_basis, weight, U, V)
-        ctx.nnz, ctx.product = nnz, product
+        ctx.nnz, ctx.product, ctx.blocks = nnz, product, blocks
         left, right = (x_basis, weight.T) if V is None else (x_basis @ weight.T, V)
         return left @ right if bias is None else torch.addmm(bias, left, right)
 
@@ -61,6 +63,19 @@ class SparseGradFunction(torch.autograd.Function):
         dx = dweight = dbias = None
         if need_bias:
             dbias = dy.sum(0)
+        if ctx.blocks > 1:
+            live = LiveRows(dy) if ctx.product.skips_zeros else None
+            if live is not None:
+                dy, x_basis = live.of(dy), live.of(x_basis)
+            if need_weight:
+                dy_basis = dy if V is None else dy @ V.T
+                dweight = topk_coo_of_product(dy_basis, x_basis, ctx.nnz, ctx.blocks)
+                # Not kept for dL/dX, which has the size of the larger side: the two do not live together.
+                del dy_basis
+            if need_x:
+                dx = _input_gradient_in_blocks(dy, weight, U, V, ctx.blocks)
+                dx = dx if live is None else live.back(dx)
+            return dx, dweight, dbias, None, None, None, None, None
         if need_x or need_weight:
             dy_basis = dy if V is None else dy @ V.T
         # The weight first: its dense gradient, the largest temporary here, is gone before dL/dX exists.
@@ -70,7 +85,18 @@ class SparseGradFunction(torch.autograd.Function):
             dx_basis = ctx.product.input_gradient(dy_basis, weight)
             del dy_basis
             dx = dx_basis if U is None else ctx.product.input_gradient(dx_basis, U)
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
+
+
+def _input_gradient_in_blocks(dy: Tensor, weight: Tensor, U: Tensor | None, V: Tensor | None, blocks: int) -> Tensor:
+    """`dL/dY V^T W~ U` (T, D_in) in blocks of tokens: what is rotated of the rest exists for one block alone."""
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    tokens = max(1, -(-dy.shape[0] // blocks))
+    for part, out in zip(dy.split(tokens), dx.split(tokens), strict=True):
+        part = part if V is None else part @ V.T
+        left, right = (part, weight) if U is None else (part @ weight, U)
+        torch.mm(left, right, out=out)
+    return dx
 
 
 def topk_gradient(dy: Tensor, x: Tensor, nnz: int, product: Product) -> Tensor:
@@ -97,6 +123,9 @@ class SparseGradLinear(AdaptedLinear):
         basis: U (D_in, D_in) and V (D_out, D_out), shared by the layers of a kind; either may be None, the identity.
         nnz: entries kept per step.
         product: `sparse-by-dense` skips the zero stripes of `dL/dY~`; `dense` is its twin for comparison.
+        blocks: in how many blocks of rows `dL/dW~` is made and searched, and of tokens `dL/dX`; 1: whole, as published.
+            The entries kept are the same but for rounding and ties. In blocks, `sparse-by-dense` skips the zero rows
+            of `dL/dY` and no columns.
     """
 
     def __init__(
@@ -107,14 +136,17 @@ class SparseGradLinear(AdaptedLinear):
         nnz: int,
         product: str = "sparse-by-dense",
         transposed: bool = False,
+        blocks: int = 1,
     ):
         super().__init__(weight.shape[1], weight.shape[0], transposed)
         if product not in PRODUCTS:
             raise SparseGradError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
+        check_blocks(blocks)
         basis.check_fits(self.out_features, self.in_features, weight)
         basis.check_complete()
         self.nnz = resolve_nnz(tuple(weight.shape), nnz=nnz)
         self.product = product
+        self.blocks = blocks
         self.basis = basis
         self.weight = nn.Parameter(weight)
         self.register_parameter("bias", bias)
@@ -129,13 +161,14 @@ class SparseGradLinear(AdaptedLinear):
         nnz: int | None = None,
         density: float | None = None,
         product: str = "sparse-by-dense",
+        blocks: int = 1,
     ) -> SparseGradLinear:
         """The layer that computes what `linear` (nn.Linear or Conv1D) does, in the basis of U and V.
 
         Give `nnz` (entries kept per step) or `density` (their share, in (0, 1]). The bias parameter is shared with
         `linear`, the weight is not. Raises `SparseGradError` for shapes or budgets that do not fit.
         """
-        return cls.in_basis(linear, TransitionMatrices(U, V), nnz=nnz, density=density, product=product)
+        return cls.in_basis(linear, TransitionMatrices(U, V), nnz=nnz, density=density, product=product, blocks=blocks)
 
     @classmethod
     @torch.no_grad()
@@ -147,6 +180,7 @@ class SparseGradLinear(AdaptedLinear):
         nnz: int | None = None,
         density: float | None = None,
         product: str = "sparse-by-dense",
+        blocks: int = 1,
     ) -> SparseGradLinear:
         """`from_linear` with a basis that other layers share."""
         if not is_linear(linear):
@@ -155,13 +189,13 @@ class SparseGradLinear(AdaptedLinear):
         basis.check_complete()
         nnz = resolve_nnz(weight_shape(linear), nnz=nnz, density=density)
         rotated = into_basis(source_weight(linear), basis)
-        return cls(rotated, linear.bias, basis, nnz, product, is_transposed(linear))
+        return cls(rotated, linear.bias, basis, nnz, product, is_transposed(linear), blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         rows = x.reshape(-1, self.in_features)
         y = SparseGradFunction.apply(
-            rows, self.weight, self.bias, self.basis.U, self.basis.V, self.nnz, PRODUCTS[self.product]
+            rows, self.weight, self.bias, self.basis.U, self.basis.V, self.nnz, PRODUCTS[self.product], self.blocks
         )
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -172,7 +206,13 @@ class SparseGradLinear(AdaptedLinear):
 
     def extra_repr(self) -> str:
         """Shape, bias and budget."""
-        return f"{super().extra_repr()}, nnz={self.nnz}, product={self.product!r}"
+        return f"{super().extra_repr()}, nnz={self.nnz}, product={self.product!r}, blocks={self.blocks}"
+
+
+def check_blocks(blocks: int) -> None:
+    """Raise `SparseGradError` for what is no number of blocks."""
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise SparseGradError(f"blocks must be an integer of at least 1, got {blocks!r}")
 
 
 def into_basis(weight: Tensor, basis: TransitionMatrices) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+# What is made in blocks (rows of the weight gradient, tokens of dL/dX) is made an eighth at a time, rounded up.
+BLOCK_FRACTION = 8
 # Fewer zero lines than this share are multiplied along: taking the others out would copy nearly the whole matrix.
 LEAST_ZERO_SHARE = 1 / 8
 

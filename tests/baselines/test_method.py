@@ -17,7 +17,7 @@ WITHOUT = [name for name in METHODS if get(name).knob is None]
 DENSITY = [name for name in BUDGETED if get(name).knob.accepts_density]
 COUNTED = [name for name in BUDGETED if name not in DENSITY]
 CORE_COUNTED = ["lora", "meprop-example", "meprop-unified"]
-CORE_DENSITY = ["meprop-weight", "random-mask", "sparsegrad", "sparsegrad-fixed"]
+CORE_DENSITY = ["meprop-weight", "random-mask", "sparsegrad", "sparsegrad-compact", "sparsegrad-fixed"]
 
 # What a core method trains of a target layer, beside the bias: the ends of the parameters' names.
 OWN = {
@@ -27,10 +27,11 @@ OWN = {
     "meprop-weight": ("weight",),
     "random-mask": ("values",),
     "sparsegrad": ("weight",),
+    "sparsegrad-compact": ("weight",),
     "sparsegrad-core": ("core",),
     "sparsegrad-fixed": ("values",),
 }
-SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad")
+SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad", "sparsegrad-compact")
 
 
 def bare(name, budget=None, **setting):
@@ -144,10 +145,12 @@ SHAPES = [(24, 16), (16, 24), (5, 7)]
         ("meprop-weight", 10, 10 + 10 + 10),
         ("random-mask", 10, 10 + 10 + 10),
         ("sparsegrad", 10, 10 + 10 + 10),
+        ("sparsegrad-compact", 10, 10 + 10 + 10),
         ("sparsegrad-fixed", 10, 10 + 10 + 10),
         ("meprop-weight", 0.1, 38 + 38 + 4),  # round(38.4), round(3.5) is even
         ("random-mask", 0.1, 38 + 38 + 4),
         ("sparsegrad", 0.1, 38 + 38 + 4),
+        ("sparsegrad-compact", 0.1, 38 + 38 + 4),
         ("sparsegrad-fixed", 0.1, 38 + 38 + 4),
     ],
 )
@@ -381,6 +384,7 @@ def test_adamw_does_not_decay_weights(build_model, apply):
         ("meprop-weight", 10, 0, 4 * 384),
         ("random-mask", 10, 4 * 10, 4 * 10),
         ("sparsegrad", 10, 0, 4 * 384),
+        ("sparsegrad-compact", 10, 0, 4 * 384),
         ("sparsegrad-core", 10, 4 * 10, 4 * 10),
         ("sparsegrad-fixed", 10, 4 * 10, 4 * 10),
     ],
@@ -522,6 +526,7 @@ class Student(nn.Module):
 LAYERS = {"up": ["up"], "down": ["down"]}
 BUDGET = {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
 BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2, "sparsegrad-core": 0.7, "sparsegrad-fixed": 0.5}
+BUDGET |= {"sparsegrad-compact": 0.2}
 
 
 # The loss must fall to less than this share of what it was, and of what the rest of the model reaches by itself.

@@ -283,6 +283,9 @@ def test_counts(method):
         "random-mask": (layers * k,) * 4,
         "sparsegrad": (layers * weight, layers * k, layers * weight, layers * k),
         "sparsegrad-core": (layers * k,) * 4,
+        "sparsegrad-fixed": (layers * k,) * 4,
+        # Moments for four times the entries of a step.
+        "sparsegrad-compact": (layers * weight, layers * k, layers * 4 * k, layers * k),
     }[method]
     rest = 0 if method == "head" else biases
     assert result["trainable_params"] == own[0] + rest
@@ -290,9 +293,9 @@ def test_counts(method):
     assert result["state_params"] == own[2] + rest
     assert result["budget_params"] == own[3]
     assert result["touched_steps"] == steps
-    if method in ("sparsegrad", "meprop-weight"):
+    if method in ("sparsegrad", "sparsegrad-compact", "meprop-weight"):
         assert layers * k + rest <= result["touched_params"] <= steps * layers * k + rest
-    elif method in ("lora", "random-mask", "sparsegrad-core", "head"):
+    elif method in ("lora", "random-mask", "sparsegrad-core", "sparsegrad-fixed", "head"):
         assert result["touched_params"] == own[0] + rest
 
 

@@ -261,6 +261,7 @@ def test_bfloat16_model_trains(prepared, distance):
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
         ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
         ({"density": -1}, r"density must be in \(0, 1\], got -1"),
+        ({"nnz": 3, "blocks": 0}, "blocks must be an integer of at least 1, got 0"),
         ({"nnz": 3, "product": "sparse"}, "product must be one of sparse-by-dense, dense, got 'sparse'"),
     ],
 )
@@ -376,7 +377,7 @@ def test_a_new_process_goes_on_as_if_nothing_happened(prepared, tmp_path, name, 
 def trained(prepared, name="blocks", dtype=torch.float64):
     model, layers, bases, batch = prepared(name, dtype)
     blank = copy.deepcopy(model)
-    convert(model, layers, bases, nnz=9)
+    convert(model, layers, bases, nnz=9, blocks=3)
     steppers = optimizers(model)
     train(model, batch, steppers, 2)
     return model, blank, steppers, batch
@@ -395,6 +396,7 @@ def test_load_gives_what_was_saved(prepared, tmp_path, name):
         assert torch.equal(loaded.state_dict()[n], value), n
     for before, after in zip(sparse_layers(model), sparse_layers(loaded), strict=True):
         assert (after.nnz, after.product, after.transposed) == (before.nnz, before.product, before.transposed)
+        assert after.blocks == before.blocks == 3
         assert after.training == before.training
     assert {n: id(p) for n, p in loaded.named_parameters() if n in biases} == biases
     # It can be merged as the one that was saved.

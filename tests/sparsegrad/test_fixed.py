@@ -24,8 +24,9 @@ from sparsegrad import (
     fixed_ranks,
     merge,
 )
-from sparsegrad.fixed import EntryStore, FixedFunction, input_gradient, position_dtype
+from sparsegrad.fixed import EntryStore, FixedFunction, input_gradient
 from sparsegrad.products import Selection
+from sparsegrad.support import position_dtype
 
 # (D_out, D_in), and the positions as (row, col): the weight gradient is made in blocks of an eighth of the rows,
 # rounded up, so 19 rows are six blocks of 3 and one of 1.

@@ -562,3 +562,53 @@ def test_a_converted_layer_is_not_converted_again(make):
     made = make(5, 5)
     with pytest.raises(SparseGradError, match="got a SparseGradLinear"):
         SparseGradLinear.in_basis(made.layer, TransitionMatrices(made.U, made.V), nnz=3)
+
+
+# The weight gradient in row blocks
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("blocks", [2, 8, 50])
+@pytest.mark.parametrize("sides", ["both", "U", "V"])
+def test_blocks_keep_the_entries_of_the_whole_gradient(make, sides, blocks, product):
+    made = make(11, 7)
+    U, V = made.U if sides != "V" else None, made.V if sides != "U" else None
+    x, dy = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 11, dtype=torch.float64)
+    dy[[1, 2, 6]] = 0  # tokens that do not count
+    if V is None:
+        dy[:, [0, 4]] = 0  # outputs that nothing reaches
+    found = []
+    for count in (1, blocks):
+        layer = SparseGradLinear.from_linear(made.linear, U, V, nnz=20, product=product, blocks=count)
+        leaf = x.clone().requires_grad_()
+        layer(leaf).backward(dy)
+        found.append((entries(layer.weight.grad), leaf.grad, layer.bias.grad.clone()))
+        layer.bias.grad = None
+    (whole, dx, dbias), (kept, blocks_dx, blocks_dbias) = found
+    assert len(kept) == 20
+    assert kept == pytest.approx(whole, rel=1e-12, abs=1e-14)
+    torch.testing.assert_close(blocks_dx, dx, rtol=1e-12, atol=1e-13)
+    assert torch.equal(blocks_dbias, dbias)
+
+
+@pytest.mark.parametrize("live", [[3], [0, 6, 7]])
+def test_blocks_take_the_rest_from_zeros(make, live):
+    # One output gives 5 entries that can be non-zero, three give 15: 9 and 20 are asked for.
+    made = make(8, 5)
+    nnz = {1: 9, 3: 20}[len(live)]
+    layer = SparseGradLinear.from_linear(made.linear, made.U, None, nnz=nnz, blocks=4)
+    x, dy = torch.randn(6, 5, dtype=torch.float64), torch.zeros(6, 8, dtype=torch.float64)
+    dy[:, live] = torch.randn(6, len(live), dtype=torch.float64)
+    layer(x).backward(dy)
+    kept = entries(layer.weight.grad)
+    assert len(kept) == nnz
+    gradient = dy.T @ (x @ made.U.T)
+    nonzero = {tuple(place): gradient[tuple(place)].item() for place in gradient.nonzero().tolist()}
+    assert len(nonzero) == 5 * len(live)
+    assert {place: value for place, value in kept.items() if value} == pytest.approx(nonzero, rel=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [0, -3, 1.5, True])
+def test_a_wrong_number_of_blocks(make, blocks):
+    with pytest.raises(SparseGradError, match=f"blocks must be an integer of at least 1, got {blocks}"):
+        make(blocks=blocks)

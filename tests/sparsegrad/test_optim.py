@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsegrad import SparseAdam, SparseGradError
 
@@ -250,3 +252,154 @@ def test_a_dense_gradient_is_refused_before_anything_moves():
 def test_hyper_parameters_out_of_range(options, message):
     with pytest.raises(SparseGradError, match=message):
         SparseAdam(parameters((3, 2)), **options)
+
+
+# Moments of some entries
+
+
+@pytest.mark.parametrize("capacity", [5, 100])
+@pytest.mark.parametrize("nnz", [7, 20, 35])
+def test_a_store_for_the_whole_weight_is_torchs(capacity, nnz):
+    ours, theirs = twins((7, 5))
+    optimizer, reference = SparseAdam(ours, lr=0.1, capacity=capacity), torch.optim.SparseAdam(theirs, lr=0.1)
+    for _ in range(50):
+        give([coo((7, 5), nnz)], ours, theirs)
+        optimizer.step()
+        reference.step()
+    assert_same(ours, theirs, **TIGHT)
+    state = optimizer.state[ours[0]]
+    # Every entry has had its turn, so slot i holds entry i.
+    assert state["index"].tolist() == list(range(35))
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[name], reference.state[theirs[0]][name].flatten(), **TIGHT)
+
+
+@pytest.mark.parametrize("capacity", [1, 2])
+def test_a_support_that_does_not_move_is_torchs(capacity):
+    ours, theirs = twins((7, 5))
+    optimizer, reference = SparseAdam(ours, lr=0.1, capacity=capacity), torch.optim.SparseAdam(theirs, lr=0.1)
+    support = coo((7, 5), 6)
+    for _ in range(30):
+        values = torch.randn(6, dtype=torch.float64)
+        give([torch.sparse_coo_tensor(support.indices(), values, (7, 5), check_invariants=True)], ours, theirs)
+        optimizer.step()
+        reference.step()
+    assert_same(ours, theirs, **TIGHT)
+
+
+def stored_adam(weight, gradients, slots, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8):
+    """Adam entry by entry over a dictionary of at most `slots` moments; the smallest second moments leave it."""
+    moments = {}
+    for step, gradient in enumerate(gradients, start=1):
+        new = {}
+        for i, g in gradient.items():
+            m, v = moments.get(i, (0.0, 0.0))
+            new[i] = (beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g)
+            m, v = new[i]
+            weight[i] -= lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) * m / (math.sqrt(v) + eps)
+        others = sorted((i for i in moments if i not in new), key=lambda i: -moments[i][1])
+        moments = new | {i: moments[i] for i in others[: slots - len(new)]}
+    return weight, moments
+
+
+@pytest.mark.parametrize(("capacity", "nnz", "size"), [(1, 4, 35), (2, 4, 35), (3, 9, 35), (4, 1, 35), (1, 11, 11)])
+def test_a_full_store_drops_the_smallest_second_moments(capacity, nnz, size):
+    (ours,) = parameters((size // 5, 5) if size == 35 else (size, 1))
+    optimizer = SparseAdam([ours], lr=0.1, capacity=capacity)
+    start = ours.detach().flatten().tolist()
+    slots = min(size, capacity * nnz)
+    history = []
+    for _ in range(40):
+        gradient = coo(tuple(ours.shape), nnz)
+        places = (gradient.indices()[0] * ours.shape[1] + gradient.indices()[1]).tolist()
+        history.append(dict(zip(places, gradient.values().tolist(), strict=True)))
+        give([gradient], [ours])
+        optimizer.step()
+        weight, moments = stored_adam(list(start), history, slots)
+        assert ours.flatten().tolist() == pytest.approx(weight, rel=1e-11, abs=1e-13)
+        state = optimizer.state[ours]
+        assert state["index"].numel() == slots
+        used = state["index"] < size
+        assert state["index"][used].tolist() == sorted(moments)
+        for name, which in (("exp_avg", 0), ("exp_avg_sq", 1)):
+            expected = [moments[i][which] for i in sorted(moments)]
+            assert state[name][used].tolist() == pytest.approx(expected, rel=1e-11, abs=1e-15)
+
+
+def test_a_store_grows_with_the_gradient():
+    ours, theirs = twins((7, 5))
+    optimizer, reference = SparseAdam(ours, lr=0.1, capacity=3), torch.optim.SparseAdam(theirs, lr=0.1)
+    for nnz, slots in [(0, None), (2, 6), (1, 6), (4, 12), (0, 12), (3, 12), (35, 35), (5, 35)]:
+        give([coo((7, 5), nnz)], ours, theirs)
+        optimizer.step()
+        reference.step()
+        index = optimizer.state[ours[0]].get("index")
+        assert (None if index is None else index.numel()) == slots
+    # At most 10 entries had come before the one that named all: none was ever dropped.
+    assert_same(ours, theirs, **TIGHT)
+
+
+def test_a_step_holds_nothing_of_the_weights_size():
+    weight = nn.Parameter(torch.randn(64, 64))
+    optimizer = SparseAdam([weight], capacity=4)
+    largest = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() != weight.untyped_storage().data_ptr():
+                        largest.append(storage.nbytes())
+            return result
+
+    for _ in range(3):
+        weight.grad = coo((64, 64), 40).float()
+        with Largest():
+            optimizer.step()
+    # 160 slots; a sort's int64 order is the widest thing.
+    assert max(largest) == 8 * 160
+    state = optimizer.state[weight]
+    assert {name: (value.dtype, value.numel()) for name, value in state.items() if name != "step"} == {
+        "index": (torch.int32, 160),
+        "exp_avg": (torch.float32, 160),
+        "exp_avg_sq": (torch.float32, 160),
+    }
+
+
+def test_a_store_survives_a_state_dict(tmp_path):
+    # Positions past 256 are not whole numbers of bfloat16, to which torch casts a state.
+    ours = [nn.Parameter(torch.randn(40, 50).bfloat16())]
+    optimizer = SparseAdam(ours, capacity=2)
+    gradients = [coo((40, 50), 30).bfloat16() for _ in range(8)]
+    for gradient in gradients[:4]:
+        give([gradient], ours)
+        optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    again = copy.deepcopy(ours)
+    fresh = SparseAdam(again)
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert fresh.state[again[0]]["index"].dtype == torch.int32
+    for gradient in gradients[4:]:
+        give([gradient], ours, again)
+        optimizer.step()
+        fresh.step()
+    assert_same(ours, again, rtol=0, atol=0)
+    for name in ("index", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[ours[0]][name], fresh.state[again[0]][name])
+
+
+def test_whole_rows_have_no_store():
+    (ours,) = parameters((7, 5))
+    optimizer = SparseAdam([ours], capacity=2)
+    give([coo((7, 5), 3, sparse_dim=1)], [ours])
+    with pytest.raises(SparseGradError, match="single entries, got one of whole rows"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 1.5, True])
+def test_a_capacity_out_of_range(capacity):
+    with pytest.raises(SparseGradError, match=f"capacity must be an integer of at least 1, or None, got {capacity}"):
+        SparseAdam(parameters((3, 2)), capacity=capacity)

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.harness.memory import Tracker
 from sparsegrad import SparseGradError
 from sparsegrad.products import RowBlock
-from sparsegrad.support import kept_energy, resolve_nnz, topk_coo
+from sparsegrad.support import kept_energy, resolve_nnz, topk_coo, topk_coo_of_product
 
 
 def distinct(rows: int, cols: int) -> torch.Tensor:
@@ -115,3 +116,42 @@ def test_kept_energy_is_a_share_of_the_squared_norm():
     gradient = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
     assert kept_energy(gradient, 0.25) == pytest.approx(16 / 25, rel=1e-12)
     assert kept_energy(gradient, 0.5) == pytest.approx(1.0, rel=1e-12)
+
+
+# The largest entries of a product that is made in row blocks
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8, 100])
+@pytest.mark.parametrize("nnz", [1, 6, 17, 76, 77])
+@pytest.mark.parametrize("shape", [(11, 7), (7, 11), (1, 77), (77, 1)])
+def test_blocks_keep_the_largest_of_the_whole(shape, nnz, blocks):
+    # a.T @ b is `dense` itself, without rounding.
+    dense = distinct(*shape)
+    found = topk_coo_of_product(torch.eye(shape[0], dtype=torch.float64), dense, nnz, blocks)
+    assert found.is_coalesced()
+    assert found.shape == shape
+    assert entries(found) == largest(dense, nnz)
+    places = [divmod(place, shape[1]) for place in range(77)]
+    assert list(entries(found)) == [place for place in places if place in entries(found)]
+
+
+def test_blocks_with_ties_keep_as_many():
+    dense = torch.ones(6, 5, dtype=torch.float64)
+    dense[4, 3] = -2
+    found = topk_coo_of_product(torch.eye(6, dtype=torch.float64), dense, 8, 4)
+    assert len(entries(found)) == 8
+    assert sorted(entries(found).values()) == [-2] + [1] * 7
+    assert entries(found)[4, 3] == -2
+
+
+def test_blocks_hold_no_whole_product():
+    a, b = torch.randn(16, 64), torch.randn(16, 64)
+    tracker = Tracker()
+    with tracker:
+        start = tracker.position
+        found = topk_coo_of_product(a, b, 40, 8)
+        end = tracker.position
+    assert found._nnz() == 40
+    given = 2 * 4 * 16 * 64
+    # A block of 8 x 64 and its magnitudes, and 40 entries with int64 positions twice: kept, and found in the block.
+    assert tracker.peak(start, end).bytes - given == 2 * 4 * 8 * 64 + 2 * (4 + 8) * 40
