@@ -26,6 +26,7 @@ CORE = (
     "sparsegrad-compact",
     "sparsegrad-fixed",
     "sparsegrad-core",
+    "sparsegrad-directions",
 )
 
 

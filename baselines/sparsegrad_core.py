@@ -1,16 +1,59 @@
-"""SparseGrad's leading core: the block of k_out x k_in leading directions trains, and X is not kept for backward."""
+"""SparseGrad's leading directions: what a weight does along them trains, and X is not kept for backward."""
 
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from itertools import islice
 
-from baselines.method import EntryMethod, LayerBytes, MethodError, size, target_shapes
+from baselines.method import EntryMethod, Knob, LayerBytes, Method, MethodError, Shape, size, target_shapes
 from sparsegrad import Ranks, calibrate, convert_core, core_shape
 from sparsegrad.adapted import adapted_layers
 
 
-class SparseGradCore(EntryMethod):
+class _Core(Method):
+    @abstractmethod
+    def core(self, shape: Shape) -> Ranks:
+        """The core (k_out, k_in) of a weight of (D_out, D_in); a k_out of 0: all rows, not rotated."""
+
+    def prepare(self, model, batches):
+        """Calibrate on `calibration_steps` batches, convert the target layers, set what trains."""
+        self.check_model(model)
+        layers = self.setting.layers
+        ranks = {kind: self.core(target_shapes(model, {kind: names})[0]) for kind, names in layers.items()}
+        steps = islice(batches, self.setting.calibration_steps)
+        bases = calibrate(model, layers, steps, self.setting.backward, ranks)
+        dtype = self.setting.own_dtype(next(iter(bases.values())).U.dtype)
+        convert_core(model, layers, bases, dtype)
+        cores = [layer for _, layer in adapted_layers(model)]
+        self.freeze(model, [layer.core for layer in cores], [layer.weight for layer in cores])
+
+    def basis_tensors(self, model):
+        """U and, where there is one, V of every kind."""
+        seen = {id(layer.basis): layer.basis for _, layer in adapted_layers(model)}
+        return (matrix for basis in seen.values() for matrix in (basis.U, basis.V) if matrix is not None)
+
+    def layer_params(self, shape):
+        """k_out k_in."""
+        core = self.core(shape)
+        return (core.k_out or shape[0]) * core.k_in
+
+    def formula(self, shape, tokens, dtype):
+        """W; C with gradient and moments; U and V; X U^T (T, k_in) is saved in X's stead."""
+        d_out, d_in = shape
+        core = self.core(shape)
+        own = size(self.layer_params(shape), self.setting.own_dtype(dtype))
+        return LayerBytes(
+            parameter=size(d_out * d_in, dtype) + own,
+            gradient=own,
+            optimizer=2 * own,
+            activation=size(tokens * core.k_in, dtype),
+            basis=size(core.k_in * d_in + core.k_out * d_out, dtype),
+            keeps_input=False,
+        )
+
+
+class SparseGradCore(_Core, EntryMethod):
     """The adapter that makes `sparsegrad.CoreLinear` a method under the harness.
 
     The budget is the most entries that a layer's core may have, as a count or a density, or the core itself, AxB for
@@ -49,38 +92,22 @@ class SparseGradCore(EntryMethod):
             return Ranks(*map(int, self.budget.split("x")))
         return core_shape(self.entries(shape), shape)
 
-    def prepare(self, model, batches):
-        """Calibrate on `calibration_steps` batches, convert the target layers, set what trains."""
-        self.check_model(model)
-        layers = self.setting.layers
-        ranks = {kind: self.core(target_shapes(model, {kind: names})[0]) for kind, names in layers.items()}
-        steps = islice(batches, self.setting.calibration_steps)
-        bases = calibrate(model, layers, steps, self.setting.backward, ranks)
-        dtype = self.setting.own_dtype(next(iter(bases.values())).U.dtype)
-        convert_core(model, layers, bases, dtype)
-        cores = [layer for _, layer in adapted_layers(model)]
-        self.freeze(model, [layer.core for layer in cores], [layer.weight for layer in cores])
 
-    def basis_tensors(self, model):
-        """U and, where there is one, V of every kind."""
-        seen = {id(layer.basis): layer.basis for _, layer in adapted_layers(model)}
-        return (matrix for basis in seen.values() for matrix in (basis.U, basis.V) if matrix is not None)
+class SparseGradDirections(_Core):
+    """The core that is not rotated at the outputs: (D_out, k) along the k leading directions of a layer's inputs.
 
-    def layer_params(self, shape):
-        """k_out k_in."""
-        core = self.core(shape)
-        return (core.k_out or shape[0]) * core.k_in
+    It is LoRA with A frozen (LoRA-FA, arXiv 2308.03303), where A's rows are the leading directions of the gradients
+    instead of random ones.
+    """
 
-    def formula(self, shape, tokens, dtype):
-        """W; C with gradient and moments; U and V; X U^T (T, k_in) is saved in X's stead."""
-        d_out, d_in = shape
-        core = self.core(shape)
-        own = size(self.layer_params(shape), self.setting.own_dtype(dtype))
-        return LayerBytes(
-            parameter=size(d_out * d_in, dtype) + own,
-            gradient=own,
-            optimizer=2 * own,
-            activation=size(tokens * core.k_in, dtype),
-            basis=size(core.k_in * d_in + core.k_out * d_out, dtype),
-            keeps_input=False,
-        )
+    name = "sparsegrad-directions"
+    knob = Knob("input directions", default=14)
+
+    def core(self, shape):
+        """(0, k)."""
+        return Ranks(0, self.budget)
+
+    @classmethod
+    def largest_budget(cls, shapes):
+        """The smallest D_in."""
+        return min(shape[1] for shape in shapes)

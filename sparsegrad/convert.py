@@ -13,13 +13,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, is_transposed, replace_layers, weight_shape
+from sparsegrad.adapted import (
+    AdaptedLinear,
+    adapted_layers,
+    check_unconverted,
+    is_linear,
+    replace_layers,
+    weight_shape,
+)
 from sparsegrad.basis import TransitionMatrices, check_bases
+from sparsegrad.core import CoreLinear
 from sparsegrad.errors import SparseGradError
+from sparsegrad.fixed import FixedLinear
 from sparsegrad.linear import PRODUCTS, SparseGradLinear, check_blocks
 from sparsegrad.support import resolve_nnz
 
 FORMAT = "sparsegrad-1"
+# The layers that are saved and loaded, by name.
+FORMS = {form.__name__: form for form in (SparseGradLinear, FixedLinear, CoreLinear)}
 
 
 def convert(
@@ -65,11 +76,11 @@ def convert(
 
 
 def save(model: nn.Module, path: str | os.PathLike, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Write a converted model to one safetensors file: U, V, W~ and every other parameter and buffer, each once.
+    """Write a converted model to one safetensors file: every parameter and buffer, each once, U and V too.
 
     With `optimizers`, their state goes along, so that training continues with the very step that would have come next.
     """
-    sparse = {name: layer for name, layer in adapted_layers(model) if isinstance(layer, SparseGradLinear)}
+    sparse = {name: layer for name, layer in adapted_layers(model) if type(layer) in FORMS.values()}
     if not sparse:
         raise SparseGradError(f"{type(model).__name__} holds no SparseGrad layer to save; convert it first")
     state = model.state_dict()
@@ -82,14 +93,10 @@ def save(model: nn.Module, path: str | os.PathLike, optimizers: Sequence[Optimiz
         for index, entries in optimizer_state["state"].items():
             for entry, value in entries.items():
                 tensors[f"optimizer.{i}.{index}.{entry}"] = torch.as_tensor(value).contiguous()
+    owners: dict[TransitionMatrices, str] = {}  # the first layer that has them
     description = {
         "layers": {
-            name: {
-                "nnz": layer.nnz,
-                "product": layer.product,
-                "blocks": layer.blocks,
-                "basis": aliases.get(f"{name}.basis.U", f"{name}.basis.U"),
-            }
+            name: {"form": type(layer).__name__, "basis": owners.setdefault(layer.basis, name), **layer.facts()}
             for name, layer in sparse.items()
         },
         "aliases": aliases,
@@ -120,13 +127,23 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     modules = dict(model.named_modules())
     state = model.state_dict()
     expected = {name: tuple(value.shape) for name, value in state.items()}
-    for name in layers:
+    stored = {**tensors, **{alias: tensors.get(first) for alias, first in description["aliases"].items()}}
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, facts in layers.items():
         if name not in modules or not is_linear(modules[name]):
             raise SparseGradError(f"{path} holds a SparseGrad layer {name!r}, which is no linear layer of this model")
-        expected[f"{name}.weight"] = weight_shape(modules[name])
-        for matrix, size in (("U", expected[f"{name}.weight"][1]), ("V", expected[f"{name}.weight"][0])):
-            expected[f"{name}.basis.{matrix}"] = (size, size)
-    stored = {**tensors, **{alias: tensors.get(first) for alias, first in description["aliases"].items()}}
+        if facts["form"] not in FORMS:
+            raise SparseGradError(
+                f"{path} holds a {facts['form']!r} as layer {name!r}; this version knows: {', '.join(FORMS)}"
+            )
+        prefix = f"{name}."
+        own[name] = {
+            key.removeprefix(prefix): value
+            for key, value in stored.items()
+            if key.startswith(prefix) and value is not None
+        }
+        shapes = FORMS[facts["form"]].state_shapes(weight_shape(modules[name]), own[name])
+        expected.update({prefix + key: shape for key, shape in shapes.items()})
     for name in sorted(expected.keys() | stored.keys()):
         found = tuple(stored[name].shape) if stored.get(name) is not None else None
         if found != expected.get(name):
@@ -141,17 +158,12 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     bases: dict[str, TransitionMatrices] = {}
 
-    def build(name: str, layer: nn.Module) -> SparseGradLinear:
-        facts = layers[name]
-        basis = bases.setdefault(
-            facts["basis"],
-            TransitionMatrices(*(stored[f"{name}.basis.{m}"].to(layer.weight, copy=True) for m in "UV")),
-        )
+    def build(name: str, layer: nn.Module) -> AdaptedLinear:
+        facts, matrices = layers[name], [own[name].get(f"basis.{matrix}") for matrix in "UV"]
         # Copied: what was read from the file is not aligned as torch's own memory is, and products round differently.
-        weight = stored[f"{name}.weight"].to(layer.weight, copy=True)
-        return SparseGradLinear(
-            weight, layer.bias, basis, facts["nnz"], facts["product"], is_transposed(layer), facts.get("blocks", 1)
-        )
+        here = [None if matrix is None else matrix.to(layer.weight, copy=True) for matrix in matrices]
+        basis = bases.setdefault(facts["basis"], TransitionMatrices(*here))
+        return FORMS[facts["form"]].restored(layer, basis, facts, own[name])
 
     for name in layers:
         replace_layers(model, [name], lambda layer, name=name: build(name, layer))

@@ -119,6 +119,30 @@ class CoreLinear(AdaptedLinear):
         size = (self.out_features if basis.V is None else len(basis.V), len(basis.U))
         self.core = nn.Parameter(torch.zeros(size, dtype=dtype or weight.dtype, device=weight.device))
 
+    def facts(self) -> dict[str, object]:
+        """What rebuilds the layer, beside its tensors: nothing."""
+        return {}
+
+    @classmethod
+    def state_shapes(cls, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shapes that the entries of a state must have for a weight of (D_out, D_in)."""
+        d_out, d_in = shape
+        k_in = len(stored["basis.U"]) if "basis.U" in stored else d_in
+        k_out = len(stored["basis.V"]) if "basis.V" in stored else d_out
+        V = {"basis.V": (k_out, d_out)} if "basis.V" in stored else {}
+        return {"weight": shape, "core": (k_out, k_in), "basis.U": (k_in, d_in), **V}
+
+    @classmethod
+    def restored(
+        cls, linear: nn.Module, basis: TransitionMatrices, facts: Mapping[str, object], stored: Mapping[str, Tensor]
+    ) -> CoreLinear:
+        """The layer in place of `linear`; its tensors are still to be loaded.
+
+        A core that was stored in a wider dtype than the weight keeps it; others take that of `linear`'s weight.
+        """
+        core = stored["core"].dtype
+        return cls(linear, basis, None if core == stored["weight"].dtype else core)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         rows = x.reshape(-1, self.in_features)

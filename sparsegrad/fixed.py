@@ -192,6 +192,33 @@ class FixedLinear(AdaptedLinear):
         weight = weight.contiguous() if basis.V is None else into_basis(weight, TransitionMatrices(None, basis.V))
         return cls(weight, linear.bias, basis, index, dtype, is_transposed(linear))
 
+    def facts(self) -> dict[str, object]:
+        """What rebuilds the layer, beside its tensors: nothing."""
+        return {}
+
+    @classmethod
+    def state_shapes(cls, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shapes that the entries of a state must have for a weight of (D_out, D_in)."""
+        d_out, d_in = shape
+        count = (stored["index"].numel(),) if "index" in stored else (d_out * d_in,)
+        U = {"basis.U": (len(stored["basis.U"]), d_in)} if "basis.U" in stored else {}
+        V = {"basis.V": (d_out, d_out)} if "basis.V" in stored else {}
+        return {"weight": shape, "values": count, "index": count, **U, **V}
+
+    @classmethod
+    def restored(
+        cls, linear: nn.Module, basis: TransitionMatrices, facts: Mapping[str, object], stored: Mapping[str, Tensor]
+    ) -> FixedLinear:
+        """The layer in place of `linear`, its weight and positions from what is stored; its values are to be loaded.
+
+        Values that were stored in a wider dtype than the weight keep it; others take that of `linear`'s weight.
+        """
+        weight = stored["weight"].to(linear.weight, copy=True)
+        index = stored["index"].to(linear.weight.device, copy=True)
+        values = stored["values"].dtype
+        wider = None if values == stored["weight"].dtype else values
+        return cls(weight, linear.bias, basis, index, wider, is_transposed(linear))
+
     def _write(self) -> None:
         if self.basis.U is None:
             # Through .data: writing the same values again must not invalidate the weight that a forward saved.

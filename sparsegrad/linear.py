@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -190,6 +190,25 @@ class SparseGradLinear(AdaptedLinear):
         nnz = resolve_nnz(weight_shape(linear), nnz=nnz, density=density)
         rotated = into_basis(source_weight(linear), basis)
         return cls(rotated, linear.bias, basis, nnz, product, is_transposed(linear), blocks)
+
+    def facts(self) -> dict[str, object]:
+        """What rebuilds the layer, beside its tensors; JSON."""
+        return {"nnz": self.nnz, "product": self.product, "blocks": self.blocks}
+
+    @classmethod
+    def state_shapes(cls, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shapes that the entries of a state must have for a weight of (D_out, D_in)."""
+        square = {"basis.U": (shape[1], shape[1]), "basis.V": (shape[0], shape[0])}
+        return {"weight": shape, **{name: size for name, size in square.items() if name in stored}}
+
+    @classmethod
+    def restored(
+        cls, linear: nn.Module, basis: TransitionMatrices, facts: Mapping[str, object], stored: Mapping[str, Tensor]
+    ) -> SparseGradLinear:
+        """The layer with `facts` in place of `linear`, its weight from what is stored, in the dtype of `linear`'s."""
+        weight = stored["weight"].to(linear.weight, copy=True)
+        options = facts["nnz"], facts["product"], is_transposed(linear), facts["blocks"]
+        return cls(weight, linear.bias, basis, *options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""

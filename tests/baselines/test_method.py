@@ -29,6 +29,7 @@ OWN = {
     "sparsegrad": ("weight",),
     "sparsegrad-compact": ("weight",),
     "sparsegrad-core": ("core",),
+    "sparsegrad-directions": ("core",),
     "sparsegrad-fixed": ("values",),
 }
 SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad", "sparsegrad-compact")
@@ -147,6 +148,8 @@ SHAPES = [(24, 16), (16, 24), (5, 7)]
         ("sparsegrad", 10, 10 + 10 + 10),
         ("sparsegrad-compact", 10, 10 + 10 + 10),
         ("sparsegrad-fixed", 10, 10 + 10 + 10),
+        ("sparsegrad-core", 10, 10 + 10 + 10),
+        ("sparsegrad-directions", 3, 3 * 24 + 3 * 16 + 3 * 5),  # k D_out
         ("meprop-weight", 0.1, 38 + 38 + 4),  # round(38.4), round(3.5) is even
         ("random-mask", 0.1, 38 + 38 + 4),
         ("sparsegrad", 0.1, 38 + 38 + 4),
@@ -386,6 +389,7 @@ def test_adamw_does_not_decay_weights(build_model, apply):
         ("sparsegrad", 10, 0, 4 * 384),
         ("sparsegrad-compact", 10, 0, 4 * 384),
         ("sparsegrad-core", 10, 4 * 10, 4 * 10),
+        ("sparsegrad-directions", 3, 2 * 3 * 40, 2 * 3 * 40),
         ("sparsegrad-fixed", 10, 4 * 10, 4 * 10),
     ],
 )
@@ -444,7 +448,7 @@ def forward_and_saved(model, x):
 
 BUDGETS = {name: [None, 1] for name in METHODS}
 BUDGETS |= {name: [None] for name in WITHOUT}
-BUDGETS |= {"lora": [3, 1], "meprop-example": [5, 1], "meprop-unified": [5, 1]}
+BUDGETS |= {"lora": [3, 1], "meprop-example": [5, 1], "meprop-unified": [5, 1], "sparsegrad-directions": [5, 1]}
 BUDGETS |= {name: [0.07, 29, 1, 1.0] for name in CORE_DENSITY}
 BUDGETS["sparsegrad-core"] = [0.07, 29, 1, 1.0, "5x3", "0x3"]
 FORMULA_CASES = [(name, budget) for name in METHODS for budget in BUDGETS[name]]
@@ -526,7 +530,7 @@ class Student(nn.Module):
 LAYERS = {"up": ["up"], "down": ["down"]}
 BUDGET = {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
 BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2, "sparsegrad-core": 0.7, "sparsegrad-fixed": 0.5}
-BUDGET |= {"sparsegrad-compact": 0.2}
+BUDGET |= {"sparsegrad-compact": 0.2, "sparsegrad-directions": 9}
 
 
 # The loss must fall to less than this share of what it was, and of what the rest of the model reaches by itself.

@@ -27,6 +27,7 @@ CORE = [
     "sparsegrad-compact",
     "sparsegrad-fixed",
     "sparsegrad-core",
+    "sparsegrad-directions",
 ]
 
 A_METHOD = """

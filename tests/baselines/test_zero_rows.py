@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines.method import Setting
 from baselines.registry import get, methods
 
-D_IN, D_OUT, TOKENS = 12, 20, 32
+D_IN, D_OUT, TOKENS = 15, 20, 32
 LIVE = [0, 3, 4, 17, 30]
 TARGETED = [name for name in methods() if name != "head"]
 

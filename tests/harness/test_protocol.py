@@ -283,6 +283,7 @@ def test_counts(method):
         "random-mask": (layers * k,) * 4,
         "sparsegrad": (layers * weight, layers * k, layers * weight, layers * k),
         "sparsegrad-core": (layers * k,) * 4,
+        "sparsegrad-directions": (2 * k * (d_in + d_hidden),) * 4,
         "sparsegrad-fixed": (layers * k,) * 4,
         # Moments for four times the entries of a step.
         "sparsegrad-compact": (layers * weight, layers * k, layers * 4 * k, layers * k),
@@ -295,7 +296,7 @@ def test_counts(method):
     assert result["touched_steps"] == steps
     if method in ("sparsegrad", "sparsegrad-compact", "meprop-weight"):
         assert layers * k + rest <= result["touched_params"] <= steps * layers * k + rest
-    elif method in ("lora", "random-mask", "sparsegrad-core", "sparsegrad-fixed", "head"):
+    elif method in ("lora", "random-mask", "sparsegrad-core", "sparsegrad-directions", "sparsegrad-fixed", "head"):
         assert result["touched_params"] == own[0] + rest
 
 

@@ -24,6 +24,8 @@ from sparsegrad import (
     TransitionMatrices,
     calibrate,
     convert,
+    convert_core,
+    convert_fixed,
     find_layers,
     load,
     load_optimizers,
@@ -401,6 +403,93 @@ def test_load_gives_what_was_saved(prepared, tmp_path, name):
     assert {n: id(p) for n, p in loaded.named_parameters() if n in biases} == biases
     # It can be merged as the one that was saved.
     assert torch.equal(output(merge(loaded), batch), output(merge(model), batch))
+
+
+def some(bases, k_out, k_in):
+    """The leading directions; 0: that side is not rotated."""
+    return {
+        kind: TransitionMatrices(basis.U[:k_in] if k_in else None, basis.V[:k_out] if k_out else None)
+        for kind, basis in bases.items()
+    }
+
+
+def fixed(model, layers, bases):
+    chosen = {name: torch.tensor([0, 2, 9], dtype=torch.int32) for names in layers.values() for name in names}
+    convert_fixed(model, layers, bases, chosen)
+
+
+OTHER_FORMS = {
+    "one side": lambda model, layers, bases: convert(
+        model, layers, {k: TransitionMatrices(None, b.V) for k, b in bases.items()}, nnz=9
+    ),
+    "core": lambda model, layers, bases: convert_core(model, layers, some(bases, 2, 3)),
+    "core, outputs not rotated": lambda model, layers, bases: convert_core(model, layers, some(bases, 0, 2)),
+    "core in a wider dtype": lambda model, layers, bases: convert_core(model, layers, some(bases, 2, 3), torch.float64),
+    "fixed": lambda model, layers, bases: fixed(
+        model, layers, {k: TransitionMatrices(b.U[:4], b.V) for k, b in bases.items()}
+    ),
+    "fixed, inputs not rotated": lambda model, layers, bases: fixed(
+        model, layers, {k: TransitionMatrices(None, b.V) for k, b in bases.items()}
+    ),
+    "fixed, not rotated": lambda model, layers, bases: fixed(model, layers, some(bases, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", ["blocks", "gpt2", "llama"])
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_other_forms_go_on_after_load(prepared, tmp_path, form, name):
+    dtype = torch.float32 if "wider" in form else torch.float64
+    model, layers, bases, batch = prepared(name, dtype)
+    blank = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in blank.parameters():
+            parameter.normal_()
+
+    def steppers(of):
+        sparse = [layer.weight for layer in sparse_layers(of)]
+        rest = [p for p in of.parameters() if p.requires_grad and all(p is not q for q in sparse)]
+        return [*([SparseAdam(sparse, lr=1e-2, capacity=2)] if sparse else []), torch.optim.AdamW(rest, lr=1e-2)]
+
+    OTHER_FORMS[form](model, layers, bases)
+    before = steppers(model)
+    train(model, batch, before, 3)
+    save(model, tmp_path / "model.safetensors", before)
+    loaded = load(blank, tmp_path / "model.safetensors")
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
+    after = steppers(loaded)
+    load_optimizers(after, tmp_path / "model.safetensors")
+    for (key, expected), found in zip(
+        goes_on(model, batch, before).items(), goes_on(loaded, batch, after).values(), strict=True
+    ):
+        assert torch.equal(found, expected), key
+    assert torch.equal(output(merge(loaded), batch), output(merge(model), batch))
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("core", ("0.up.core", (3, 3)), r"'0\.up\.core' is \(3, 3\) in the file and \(2, 3\) in the model"),
+        ("core", ("0.up.core", None), r"'0\.up\.core' is missing in the file"),
+        ("core", ("0.up.basis.U", (3, 6)), r"'0\.up\.basis\.U' is \(3, 6\) in the file and \(3, 5\) in the model"),
+        ("fixed", ("1.down.values", (4,)), r"'1\.down\.values' is \(4,\) in the file and \(3,\) in the model"),
+        ("fixed", ("1.down.index", (2,)), r"'1\.down\.values' is \(3,\) in the file and \(2,\) in the model"),
+    ],
+)
+def test_other_forms_that_do_not_fit_are_refused(prepared, tmp_path, unchanged, form, change, message):
+    model, layers, bases, _ = prepared("blocks")
+    blank = copy.deepcopy(model)
+    OTHER_FORMS[form](model, layers, bases)
+    path = tmp_path / "model.safetensors"
+    save(model, path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    name, shape = change
+    tensors.pop(f"model.{name}")
+    if shape is not None:
+        tensors[f"model.{name}"] = torch.zeros(shape)
+    save_file(tensors, path, metadata=metadata)
+    with unchanged(blank), pytest.raises(SparseGradError, match=message):
+        load(blank, path)
 
 
 def test_bases_are_stored_once_and_shared_after_load(prepared, tmp_path):
