@@ -18,6 +18,10 @@ METHODS = (
     "meprop-weight",
     "random-mask",
     "sparsegrad",
+    "sparsegrad-compact",
+    "sparsegrad-fixed",
+    "sparsegrad-core",
+    "sparsegrad-directions",
 )
 # The MLPs of BERT-small and MiniLM, of the base models and of the large ones; LLaMA-2-7B's is beyond most machines.
 SIZES = ("384x1536", "768x3072", "1024x4096", "4096x11008")
@@ -37,11 +41,22 @@ SHAPE_CALIBRATION_STEPS = 5
 MODELS = {"minilm-l6": (16, 64), "smollm2-135m": (2, 128)}
 REGIMES = ("all", "none")
 
-# About twenty runs in a few minutes: the encoder in the paper's regime with every method, and how memory grows with the
-# size of a block, for the methods that the paper compares.
+# About twenty runs in a few minutes: the encoder in the paper's regime, and how memory grows with the size of a block,
+# for the methods that the paper compares and the forms of SparseGrad that need less memory.
 QUICK_MODELS = ("minilm-l6",)
 QUICK_REGIMES = ("all",)
-QUICK_BLOCK_METHODS = ("full", "lora", "meprop-weight", "sparsegrad")
+QUICK_MODEL_METHODS = (
+    "full",
+    "head",
+    "lora",
+    "meprop-weight",
+    "random-mask",
+    "sparsegrad",
+    "sparsegrad-fixed",
+    "sparsegrad-core",
+    "sparsegrad-directions",
+)
+QUICK_BLOCK_METHODS = ("full", "lora", "sparsegrad", "sparsegrad-directions")
 QUICK_TOKENS = (512,)
 QUICK_DTYPES = ("float32",)
 
@@ -69,11 +84,13 @@ def shapes(kind: str) -> list:
 def models() -> list:
     """Parameters (model, train_rest, method) of the models."""
     return [
-        pytest.param(
-            model, rest, method, marks=_marks(quick=model in QUICK_MODELS and rest in QUICK_REGIMES, large=False)
-        )
+        pytest.param(model, rest, method, marks=_marks(quick=_quick_model(model, rest, method), large=False))
         for model, rest, method in product(MODELS, REGIMES, METHODS)
     ]
+
+
+def _quick_model(model: str, rest: str, method: str) -> bool:
+    return model in QUICK_MODELS and rest in QUICK_REGIMES and method in QUICK_MODEL_METHODS
 
 
 def _marks(**applies: bool) -> list:

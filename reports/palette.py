@@ -22,11 +22,16 @@ METHOD_COLOURS = MappingProxyType(
         "meprop-weight": "#d55e00",
         "random-mask": "#117733",
         "sparsegrad": "#7f3c8d",
+        "sparsegrad-folded": "#a578ff",
+        "sparsegrad-compact": "#0f1ec3",
+        "sparsegrad-fixed": "#c32dd2",
+        "sparsegrad-core": "#0f4b5a",
+        "sparsegrad-directions": "#a51e00",
     }
 )
 # A method's shape, in matplotlib's letters, wherever names do not stand beside the marks.
-METHOD_MARKERS = MappingProxyType(dict(zip(METHOD_COLOURS, "sdo<>^D*", strict=True)))
-_OTHER_MARKERS = "phHPXv8"
+METHOD_MARKERS = MappingProxyType(dict(zip(METHOD_COLOURS, "sdo<>^D*Xpv8P", strict=True)))
+_OTHER_MARKERS = "hH"
 
 CATEGORY_COLOURS = MappingProxyType(
     {
