@@ -257,7 +257,7 @@ def _series(
 
 
 def _legend(chart: Chart) -> list[Line2D]:
-    entries = [legend_marker(method_marker(name), shorten(name, 20), method_colour(name)) for name in chart.methods]
+    entries = [legend_marker(method_marker(name), shorten(name, 22), method_colour(name)) for name in chart.methods]
     records = chart.records
     if any(record.source == "predicted" for record in records):
         entries.append(legend_marker("o", "hollow: predicted", THEME.background))
