@@ -118,10 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.promise", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=SEMANTICS, default="cpu", help="whose kernels' semantics (default: cpu)")
     device = parser.parse_args(arguments).device
-    print(
-        "| case | method | peak of a step, MiB | / LoRA's | resident / LoRA's | preparation / own peak | params / LoRA's |"
-    )
-    print("|---" * 7 + "|")
+    columns = ("case", "method", "step, MiB", "/ LoRA's", "resident / LoRA's", "preparation / step", "params / LoRA's")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     broken = []
     for case in cases():
         found = records(case, device=device)
