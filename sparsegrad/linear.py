@@ -61,12 +61,12 @@ class SparseGradFunction(torch.autograd.Function):
         x_basis, dy = x_basis.to(weight.dtype), dy.to(weight.dtype)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
+        live = LiveRows(dy) if ctx.product.skips_zeros else None
+        if live is not None:
+            dy, x_basis = live.of(dy), live.of(x_basis)
         if need_bias:
             dbias = dy.sum(0)
         if ctx.blocks > 1:
-            live = LiveRows(dy) if ctx.product.skips_zeros else None
-            if live is not None:
-                dy, x_basis = live.of(dy), live.of(x_basis)
             if need_weight:
                 dy_basis = dy if V is None else dy @ V.T
                 dweight = topk_coo_of_product(dy_basis, x_basis, ctx.nnz, ctx.blocks)
@@ -74,17 +74,17 @@ class SparseGradFunction(torch.autograd.Function):
                 del dy_basis
             if need_x:
                 dx = _input_gradient_in_blocks(dy, weight, U, V, ctx.blocks)
-                dx = dx if live is None else live.back(dx)
-            return dx, dweight, dbias, None, None, None, None, None
-        if need_x or need_weight:
+        elif need_x or need_weight:
             dy_basis = dy if V is None else dy @ V.T
-        # The weight first: its dense gradient, the largest temporary here, is gone before dL/dX exists.
-        if need_weight:
-            dweight = topk_gradient(dy_basis, x_basis, ctx.nnz, ctx.product)
-        if need_x:
-            dx_basis = ctx.product.input_gradient(dy_basis, weight)
-            del dy_basis
-            dx = dx_basis if U is None else ctx.product.input_gradient(dx_basis, U)
+            # The weight first: its dense gradient, the largest temporary here, is gone before dL/dX exists.
+            if need_weight:
+                dweight = topk_gradient(dy_basis, x_basis, ctx.nnz, ctx.product)
+            if need_x:
+                dx_basis = ctx.product.input_gradient(dy_basis, weight)
+                del dy_basis
+                dx = dx_basis if U is None else ctx.product.input_gradient(dx_basis, U)
+        if dx is not None and live is not None:
+            dx = live.back(dx)
         return dx, dweight, dbias, None, None, None, None, None
 
 
@@ -122,7 +122,8 @@ class SparseGradLinear(AdaptedLinear):
         bias: (D_out,) or None.
         basis: U (D_in, D_in) and V (D_out, D_out), shared by the layers of a kind; either may be None, the identity.
         nnz: entries kept per step.
-        product: `sparse-by-dense` skips the zero stripes of `dL/dY~`; `dense` is its twin for comparison.
+        product: `sparse-by-dense` skips the zero rows of `dL/dY` and the zero stripes of `dL/dY~`; `dense` is its twin
+            for comparison.
         blocks: in how many blocks of rows `dL/dW~` is made and searched, and of tokens `dL/dX`; 1: whole, as published.
             The entries kept are the same but for rounding and ties. In blocks, `sparse-by-dense` skips the zero rows
             of `dL/dY` and no columns.
