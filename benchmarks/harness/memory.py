@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -138,6 +139,21 @@ def _taken_over(gradient: Tensor) -> Tensor:
     )
 
 
+class _Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+@cache
+def _dispatch_once() -> None:
+    """Let torch import what it imports at a process's first dispatch to a mode.
+
+    Exceptions that are caught and kept in there hold the frames of whoever came first, and its tensors.
+    """
+    with _Passing():
+        torch.empty(0)
+
+
 class Tracker(TorchDispatchMode):
     """Logs the birth and death of storages while it is entered as a context.
 
@@ -150,6 +166,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, device_type: str = "cpu", fake: bool = False, kernels: Kernels | None = None):
         super().__init__()
+        _dispatch_once()
         self.device_type = device_type
         self.fake = fake
         self.kernels = kernels

@@ -1,6 +1,8 @@
 """The tracker: bytes counted by hand, and the CPU allocator's own trace as an independent witness."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 
@@ -313,3 +315,20 @@ def test_what_a_kernel_allocates_inside_is_seen_by_the_trace_alone():
     # The eigenvectors, the eigenvalues, and inside the kernel the workspace.
     assert tracker.peak_of_born(0) - a.nbytes >= 64 * 64 * 8 + 64 * 8
     assert trace.peak_bytes > tracker.peak_of_born(0) - a.nbytes
+
+
+def test_a_process_that_tracks_for_the_first_time_keeps_nothing_alive():
+    code = """
+import torch
+from benchmarks.harness.memory import Tracker, steady_collection
+
+def first():
+    held = torch.zeros(1000)
+    return held.sum().item()
+
+with steady_collection(), Tracker() as tracker:
+    first()
+    print(tracker.live_bytes)
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "0"
