@@ -119,7 +119,7 @@ def test_lists_that_cannot_be_read(options, message, predicted, capsys):
     assert predicted == []
 
 
-LAYER = ["--layer", "12x20"]
+LAYER = ["--layer", "16x20"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ LAYER = ["--layer", "12x20"]
         (["predict", *LAYER, "--dtype", "float32,float8_e4m3fn"], "which AdamW steps, got 'float8_e4m3fn'"),
         (["predict", *LAYER, "--gpu", "t4,abacus"], "unknown card 'abacus'"),
         (["predict", *LAYER, "--gpu", "t4,6.1"], "before compute capability 7.0"),
-        (["predict", "--layer", "64x64,12x20", "--methods", "lora[13]"], "must be at most 12 for these layers"),
+        (["predict", "--layer", "64x64,16x20", "--methods", "lora[17]"], "must be at most 16 for these layers"),
         (["predict", *LAYER, "--device", "cpu", "--gpu", "t4"], "not with --device cpu"),
         (["predict", *LAYER, "--device", "cpu", "--gpu-memory", "1GiB"], "not with --device cpu"),
         (["predict", "--model", "bert-base", "--device", "cpu", "--attention", "sdpa,sdpa-flash"], "kernel of CUDA's"),
@@ -152,9 +152,9 @@ LAYER = ["--layer", "12x20"]
         (["equal-memory", *LAYER, "--reference", "lora", "--gpu", "t4,l4"], "equal-memory takes one value of --gpu"),
         (["equal-memory", *LAYER, "--reference", "lora,full"], "--reference takes one method, got 'lora,full'"),
         (["equal-memory", *LAYER, "--reference", "all"], "--reference takes one method, got 'all'"),
-        (["equal-memory", *LAYER, "--reference", "lora[13]"], "must be at most 12 for these layers"),
+        (["equal-memory", *LAYER, "--reference", "lora[17]"], "must be at most 16 for these layers"),
         (["equal-memory", *LAYER, "--reference", "loar"], "unknown method 'loar'"),
-        (["equal-memory", *LAYER, "--reference", "lora", "--methods", "random-mask[300]"], "must be at most 240"),
+        (["equal-memory", *LAYER, "--reference", "lora", "--methods", "random-mask[400]"], "must be at most 320"),
         (["equal-memory", *LAYER, "--reference", "lora", "--metric", "batch"], "--metric must be one of peak_step_by"),
         (["equal-memory", *LAYER, "--reference", "lora", "--metric", "nvml_process_bytes"], "peak_reserved_bytes, got"),
         (
