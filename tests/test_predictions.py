@@ -245,7 +245,7 @@ def test_a_metric_that_does_not_depend_on_the_budget(predicted, capsys):
     arguments = [*EQUAL, "--reference", "lora", "--methods", "sparsegrad", "--metric", "resident_bytes"]
     assert cli.main(arguments) == 0
     ((record,), _) = records_of(capsys)
-    assert (record["budget"], record["equal_memory"]) == (12 * 20, "lora[7] resident_bytes")
+    assert (record["budget"], record["equal_memory"]) == (16 * 20, "lora[7] resident_bytes")
     assert len(predicted) == 2
 
 
