@@ -23,6 +23,7 @@ CORE = (
     "meprop-weight",
     "random-mask",
     "sparsegrad",
+    "sparsegrad-folded",
     "sparsegrad-compact",
     "sparsegrad-fixed",
     "sparsegrad-core",

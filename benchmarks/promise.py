@@ -17,7 +17,14 @@ from benchmarks.harness.predict import SEMANTICS, predict
 from reports.record import Record
 
 REFERENCE = "lora[7]"
-FORMS = ("sparsegrad", "sparsegrad-compact", "sparsegrad-fixed", "sparsegrad-core", "sparsegrad-directions")
+FORMS = (
+    "sparsegrad",
+    "sparsegrad-folded",
+    "sparsegrad-compact",
+    "sparsegrad-fixed",
+    "sparsegrad-core",
+    "sparsegrad-directions",
+)
 
 # What is promised of a form, at most: (metric, form) -> ratio to LoRA. None stands for the best form of a case.
 ON_MODELS = {

@@ -17,6 +17,7 @@ from sparsegrad.convert import convert, load, load_optimizers, save
 from sparsegrad.core import CoreLinear, convert_core, core_shape
 from sparsegrad.errors import SparseGradError
 from sparsegrad.fixed import FixedLinear, choose_entries, convert_fixed, fixed_ranks
+from sparsegrad.folded import FoldedLinear, convert_folded
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.mlp import find_layers
 from sparsegrad.optim import SparseAdam
@@ -26,6 +27,7 @@ __all__ = [
     "AdaptedLinear",
     "CoreLinear",
     "FixedLinear",
+    "FoldedLinear",
     "Ranks",
     "SparseAdam",
     "SparseGradError",
@@ -37,6 +39,7 @@ __all__ = [
     "convert",
     "convert_core",
     "convert_fixed",
+    "convert_folded",
     "core_shape",
     "dense_product",
     "find_layers",

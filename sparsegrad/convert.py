@@ -25,12 +25,13 @@ from sparsegrad.basis import TransitionMatrices, check_bases
 from sparsegrad.core import CoreLinear
 from sparsegrad.errors import SparseGradError
 from sparsegrad.fixed import FixedLinear
+from sparsegrad.folded import FoldedLinear
 from sparsegrad.linear import PRODUCTS, SparseGradLinear, check_blocks
 from sparsegrad.support import resolve_nnz
 
 FORMAT = "sparsegrad-1"
 # The layers that are saved and loaded, by name.
-FORMS = {form.__name__: form for form in (SparseGradLinear, FixedLinear, CoreLinear)}
+FORMS = {form.__name__: form for form in (SparseGradLinear, FoldedLinear, FixedLinear, CoreLinear)}
 
 
 def convert(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sparsegrad.errors import SparseGradError
+from sparsegrad.folded import add_from_basis
 from sparsegrad.support import position_dtype
 
 
@@ -17,7 +18,9 @@ class SparseAdam(Optimizer):
     """Adam whose moments are read and written only where the gradient has entries.
 
     The same steps as `torch.optim.SparseAdam`: moments elsewhere do not decay, and they are stored DENSE, two numbers
-    for each entry of the weight. A parameter whose gradient is None is left alone.
+    for each entry of the weight. A parameter whose gradient is None is left alone. Where a parameter has a
+    `gradient_basis` (`FoldedLinear` says so of its weight), its gradient and its moments are in that basis, and the
+    step is turned out of it.
 
     With a `capacity` c no tensor of the weight's size exists: moments are kept for c times as many entries as a
     gradient names, with a sorted position each. An entry without moments starts from zeros; where the slots are full,
@@ -116,7 +119,7 @@ class SparseAdam(Optimizer):
         _decay(first, second, gradient._values(), group)
         m.index_copy_(0, index, first)
         v.index_copy_(0, index, second)
-        _rows(parameter, gradient).index_add_(0, index, _change(first, second, step, group))
+        _add(parameter, gradient, index, _change(first, second, step, group))
 
     def _update_stored(self, parameter: Tensor, group: dict) -> None:
         gradient = _coalesced(parameter.grad)
@@ -155,7 +158,7 @@ class SparseAdam(Optimizer):
         m.copy_(m[order])
         v.copy_(v[order])
         del order
-        parameter.view(-1).index_add_(0, index, _change(first, second, step, group))
+        _add(parameter, gradient, index, _change(first, second, step, group))
 
 
 def _coalesced(gradient: Tensor) -> Tensor:
@@ -194,6 +197,15 @@ def _change(m: Tensor, v: Tensor, step: int, group: dict) -> Tensor:
     beta1, beta2 = group["betas"]
     step_size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     return m.div_(v.sqrt_().add_(group["eps"])).mul_(-step_size)
+
+
+def _add(parameter: Tensor, gradient: Tensor, index: Tensor, change: Tensor) -> None:
+    """Add the change of the gradient's entries to the parameter; from the basis where the gradient is in one."""
+    basis = getattr(parameter, "gradient_basis", None)
+    if basis is None:
+        _rows(parameter, gradient).index_add_(0, index, change)
+    else:
+        add_from_basis(parameter, gradient._indices(), change, basis)
 
 
 def ravel(indices: Tensor, shape: torch.Size) -> Tensor:

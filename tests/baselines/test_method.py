@@ -18,6 +18,7 @@ DENSITY = [name for name in BUDGETED if get(name).knob.accepts_density]
 COUNTED = [name for name in BUDGETED if name not in DENSITY]
 CORE_COUNTED = ["lora", "meprop-example", "meprop-unified"]
 CORE_DENSITY = ["meprop-weight", "random-mask", "sparsegrad", "sparsegrad-compact", "sparsegrad-fixed"]
+CORE_DENSITY += ["sparsegrad-folded"]
 
 # What a core method trains of a target layer, beside the bias: the ends of the parameters' names.
 OWN = {
@@ -31,8 +32,9 @@ OWN = {
     "sparsegrad-core": ("core",),
     "sparsegrad-directions": ("core",),
     "sparsegrad-fixed": ("values",),
+    "sparsegrad-folded": ("weight",),
 }
-SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad", "sparsegrad-compact")
+SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad", "sparsegrad-compact", "sparsegrad-folded")
 
 
 def bare(name, budget=None, **setting):
@@ -150,11 +152,13 @@ SHAPES = [(24, 16), (16, 24), (5, 7)]
         ("sparsegrad-fixed", 10, 10 + 10 + 10),
         ("sparsegrad-core", 10, 10 + 10 + 10),
         ("sparsegrad-directions", 3, 3 * 24 + 3 * 16 + 3 * 5),  # k D_out
+        ("sparsegrad-folded", 10, 10 + 10 + 10),
         ("meprop-weight", 0.1, 38 + 38 + 4),  # round(38.4), round(3.5) is even
         ("random-mask", 0.1, 38 + 38 + 4),
         ("sparsegrad", 0.1, 38 + 38 + 4),
         ("sparsegrad-compact", 0.1, 38 + 38 + 4),
         ("sparsegrad-fixed", 0.1, 38 + 38 + 4),
+        ("sparsegrad-folded", 0.1, 38 + 38 + 4),
     ],
 )
 def test_budget_params(name, budget, expected):
@@ -391,6 +395,7 @@ def test_adamw_does_not_decay_weights(build_model, apply):
         ("sparsegrad-core", 10, 4 * 10, 4 * 10),
         ("sparsegrad-directions", 3, 2 * 3 * 40, 2 * 3 * 40),
         ("sparsegrad-fixed", 10, 4 * 10, 4 * 10),
+        ("sparsegrad-folded", 10, 0, 4 * 384),
     ],
 )
 def test_counts_of_a_classifier(name, budget, added, own, build_model, apply):
@@ -530,7 +535,7 @@ class Student(nn.Module):
 LAYERS = {"up": ["up"], "down": ["down"]}
 BUDGET = {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
 BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2, "sparsegrad-core": 0.7, "sparsegrad-fixed": 0.5}
-BUDGET |= {"sparsegrad-compact": 0.2, "sparsegrad-directions": 9}
+BUDGET |= {"sparsegrad-compact": 0.2, "sparsegrad-directions": 9, "sparsegrad-folded": 0.2}
 
 
 # The loss must fall to less than this share of what it was, and of what the rest of the model reaches by itself.

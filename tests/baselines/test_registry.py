@@ -24,6 +24,7 @@ CORE = [
     "meprop-weight",
     "random-mask",
     "sparsegrad",
+    "sparsegrad-folded",
     "sparsegrad-compact",
     "sparsegrad-fixed",
     "sparsegrad-core",

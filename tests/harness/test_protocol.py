@@ -282,6 +282,8 @@ def test_counts(method):
         "meprop-weight": (layers * weight, layers * k, layers * weight, layers * k),
         "random-mask": (layers * k,) * 4,
         "sparsegrad": (layers * weight, layers * k, layers * weight, layers * k),
+        # All of W moves; counted are the entries of the step, in the basis.
+        "sparsegrad-folded": (layers * weight, layers * k, layers * weight, layers * k),
         "sparsegrad-core": (layers * k,) * 4,
         "sparsegrad-directions": (2 * k * (d_in + d_hidden),) * 4,
         "sparsegrad-fixed": (layers * k,) * 4,
@@ -296,6 +298,8 @@ def test_counts(method):
     assert result["touched_steps"] == steps
     if method in ("sparsegrad", "sparsegrad-compact", "meprop-weight"):
         assert layers * k + rest <= result["touched_params"] <= steps * layers * k + rest
+    elif method == "sparsegrad-folded":
+        assert steps * layers * k + rest < result["touched_params"] <= layers * weight + rest
     elif method in ("lora", "random-mask", "sparsegrad-core", "sparsegrad-directions", "sparsegrad-fixed", "head"):
         assert result["touched_params"] == own[0] + rest
 

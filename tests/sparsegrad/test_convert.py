@@ -18,6 +18,7 @@ from torch import nn
 
 import sparsegrad
 from sparsegrad import (
+    FoldedLinear,
     SparseAdam,
     SparseGradError,
     SparseGradLinear,
@@ -26,6 +27,7 @@ from sparsegrad import (
     convert,
     convert_core,
     convert_fixed,
+    convert_folded,
     find_layers,
     load,
     load_optimizers,
@@ -66,8 +68,8 @@ def random_bases(model: nn.Module, layers, orthogonal) -> dict[str, TransitionMa
     return bases
 
 
-def sparse_layers(model: nn.Module) -> list[SparseGradLinear]:
-    return [module for module in model.modules() if isinstance(module, SparseGradLinear)]
+def sparse_layers(model: nn.Module) -> list[SparseGradLinear | FoldedLinear]:
+    return [module for module in model.modules() if isinstance(module, (SparseGradLinear, FoldedLinear))]
 
 
 def loss_of(model: nn.Module, batch) -> torch.Tensor:
@@ -419,6 +421,10 @@ def fixed(model, layers, bases):
 
 
 OTHER_FORMS = {
+    "folded": lambda model, layers, bases: convert_folded(model, layers, bases, nnz=9),
+    "folded, inputs not rotated": lambda model, layers, bases: convert_folded(
+        model, layers, {k: TransitionMatrices(None, b.V) for k, b in bases.items()}, nnz=9
+    ),
     "one side": lambda model, layers, bases: convert(
         model, layers, {k: TransitionMatrices(None, b.V) for k, b in bases.items()}, nnz=9
     ),
