@@ -54,8 +54,6 @@ QUICK_MODEL_METHODS = (
     "random-mask",
     "sparsegrad",
     "sparsegrad-folded",
-    "sparsegrad-fixed",
-    "sparsegrad-core",
     "sparsegrad-directions",
 )
 QUICK_BLOCK_METHODS = ("full", "lora", "sparsegrad", "sparsegrad-directions")
