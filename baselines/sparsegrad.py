@@ -13,6 +13,7 @@ class SparseGrad(EntryMethod):
     """The adapter that makes the package `sparsegrad` a method under the harness."""
 
     name = "sparsegrad"
+    convert = staticmethod(convert)
 
     def prepare(self, model, batches):
         """Calibrate on `calibration_steps` batches, convert the target layers, set what trains."""
@@ -20,7 +21,8 @@ class SparseGrad(EntryMethod):
         steps = islice(batches, self.setting.calibration_steps)
         bases = calibrate(model, self.setting.layers, steps, self.setting.backward)
         density = self.budget if isinstance(self.budget, float) else None
-        convert(model, self.setting.layers, bases, nnz=None if density is not None else self.budget, density=density)
+        nnz = None if density is not None else self.budget
+        self.convert(model, self.setting.layers, bases, nnz=nnz, density=density)
         self.freeze(model, self.sparse_parameters(model), [])
 
     def sparse_parameters(self, model):

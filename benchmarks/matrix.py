@@ -7,23 +7,11 @@ from itertools import product
 
 import pytest
 
+from baselines.registry import CORE
+
 # The method that sets every other one's budget, as in the paper's comparison on RoBERTa-base.
 EQUAL_TRAINABLE = "lora[7]"
-METHODS = (
-    "full",
-    "head",
-    "lora",
-    "meprop-example",
-    "meprop-unified",
-    "meprop-weight",
-    "random-mask",
-    "sparsegrad",
-    "sparsegrad-folded",
-    "sparsegrad-compact",
-    "sparsegrad-fixed",
-    "sparsegrad-core",
-    "sparsegrad-directions",
-)
+METHODS = CORE
 # The MLPs of BERT-small and MiniLM, of the base models and of the large ones; LLaMA-2-7B's is beyond most machines.
 SIZES = ("384x1536", "768x3072", "1024x4096", "4096x11008")
 LARGE = ("4096x11008",)
