@@ -78,6 +78,8 @@ class TransitionMatrices(nn.Module):
 # Rows or columns of a Gram matrix or a gradient, and rows of a basis, that are handled at once: a whole matrix of
 # temporaries never lives.
 _BLOCK, _ROWS = 256, 64
+# More blocks would save little of the half that is not computed, and take longer to ask for than to multiply.
+_MOST_BLOCKS = 5
 # A sketch's test directions beyond the wanted ones: half as many again, and at least 8.
 _OVERSAMPLING, _LEAST_OVERSAMPLING = 0.5, 8
 # The share of a sketch's test directions that are drawn anew when it is refined.
@@ -184,7 +186,8 @@ class _Gram:
 
     def __init__(self, size: int, rank: int, dtype: torch.dtype, device: torch.device | str):
         self.rank = rank
-        ends = [*range(_BLOCK, size, _BLOCK), size]
+        rows = _block(size)
+        ends = [*range(rows, size, rows), size]
         self.blocks = [
             torch.zeros(end - start, end, dtype=dtype, device=device)
             for start, end in zip([0, *ends], ends, strict=False)
@@ -266,12 +269,17 @@ class _Sketch:
         return drawn.to(self.product.device)
 
 
+def _block(size: int) -> int:
+    """How many of `size` rows or columns are taken at once."""
+    return max(_BLOCK, -(-size // _MOST_BLOCKS))
+
+
 def _columns(g: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """g in `dtype`, in blocks of columns where it is of another: a copy of the whole would be twice g's size."""
     if g.dtype == dtype:
         yield g
         return
-    for part in g.split(_BLOCK, 1):
+    for part in g.split(_block(g.shape[1]), 1):
         yield part.to(dtype)
 
 

@@ -193,7 +193,7 @@ class Answers(KnownValues):
 
     def done(self, func, args, result):
         """Extremes of lines, and what is made of them, tell whether lines hold a non-zero, and remember of what."""
-        if func in EXTREMES:
+        if func in EXTREMES and len(args) > 1:
             result.lines_of = (tuple(args[0].shape), tuple(args[1]))
         elif func in MADE_OF_EXTREMES and hasattr(args[0], "lines_of"):
             result.lines_of = args[0].lines_of

@@ -17,7 +17,7 @@ from benchmarks.harness.errors import InputError
 from benchmarks.harness.fake import KnownValues, lay_fakes, not_traced
 from benchmarks.harness.memory import Tracker
 from benchmarks.harness.packaged import locate
-from benchmarks.harness.predict import CONTEXT_BYTES, predict
+from benchmarks.harness.predict import CONTEXT_BYTES, Answers, predict
 from benchmarks.harness.protocol import track
 from benchmarks.harness.spec import RunSpec
 from reports.record import BREAKDOWN
@@ -524,3 +524,12 @@ def test_transformers_is_as_it_was_afterwards():
         assert not masking_utils.is_tracing(tensor)
     assert masking_utils.is_tracing is before
     assert masking_utils.is_tracing(tensor)
+
+
+def test_the_extreme_of_a_whole_tensor_tells_of_no_line():
+    with FakeTensorMode(), Answers(nn.Linear(3, 2), {"": 3}, True):
+        tensor = torch.empty(3, 4)
+        assert tensor.amax().shape == tensor.amin().shape == ()
+        assert hasattr(tensor.amax(1), "lines_of")
+        with pytest.raises(DataDependentOutputException):
+            bool(tensor.amax() > 0)
