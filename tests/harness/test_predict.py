@@ -527,7 +527,7 @@ def test_transformers_is_as_it_was_afterwards():
 
 
 def test_the_extreme_of_a_whole_tensor_tells_of_no_line():
-    with FakeTensorMode(), Answers(nn.Linear(3, 2), {"": 3}, True):
+    with FakeTensorMode(), Answers(torch.nn.Linear(3, 2), {"": 3}, True):
         tensor = torch.empty(3, 4)
         assert tensor.amax().shape == tensor.amin().shape == ()
         assert hasattr(tensor.amax(1), "lines_of")
