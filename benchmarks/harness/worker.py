@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from typing import TextIO
@@ -25,20 +20,13 @@ from baselines.method import MethodError
 from benchmarks.harness.environment import allocator, environment, process_peak_bytes
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.plain import PlainPass
+from benchmarks.harness.process import Ended, LineProcess, end_with_parent, process_variables
 from benchmarks.harness.protocol import Diverged, measure_memory
 from benchmarks.harness.spec import RunSpec
 from reports.record import Record, RecordError
 from sparsegrad import SparseGradError
 
 DEFAULT_TIME_LIMIT_S = 1800
-LONGEST_WAIT_S = 2_000_000  # poll() takes milliseconds in a C int
-
-
-# What glibc's allocator is told in a worker: keep what is freed. By default it returns memory to the system and takes
-# it back in every step, at addresses that differ from process to process, and the page faults of that (tens of
-# thousands in a step of a small encoder) made two workers of the SAME method differ by up to 15 %; with this, by less
-# than 1 %. Who sets these variables otherwise is left alone; other allocators do not read them.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**46)}
 
 # How it is told that memory ran out, where that is a bare RuntimeError.
 SHORT_OF_MEMORY = (
@@ -59,26 +47,15 @@ class RunFailed(Exception):
         self.record = record
 
 
-class Worker:
+class Worker(LineProcess):
     """The parent's end of a worker: a process that holds one method on one workload from request to request."""
 
     def __init__(self, spec: RunSpec, time_limit_s: float = DEFAULT_TIME_LIMIT_S):
         self.spec = spec
         self._limit_s = time_limit_s
         self._left_s = time_limit_s
-        self._unread = b""
-        # A file, not a pipe: nobody reads it before the end, and a full pipe would stop the worker.
-        self._errors = tempfile.TemporaryFile()
-        # A session of its own, so that a worker that hangs is ended with its children.
-        self._process = subprocess.Popen(
-            worker_command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,
-            env=worker_variables(),
-        )
-        self._send(spec.to_dict())
+        super().__init__("benchmarks.harness.worker")
+        self.send(spec.to_dict())
 
     def __enter__(self) -> Worker:
         return self
@@ -110,92 +87,33 @@ class Worker:
         """The most memory that the process took so far; None where the system does not tell."""
         return process_peak_bytes(self._process.pid)
 
-    def close(self) -> None:
-        """End the process and its children."""
-        if self._process.returncode is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            try:
-                pipe.close()
-            except BrokenPipeError:  # what was not yet sent
-                pass
-
     def _ask(self, request: str) -> object:
         started = time.monotonic()
         try:
-            self._send(request)
-            answer = json.loads(self._line(started + min(self._left_s, LONGEST_WAIT_S)))
+            self.send(request)
+            answer = self.answer(self._left_s)
             if "failed" in answer:
                 raise self._failed(Record.from_dict(answer["failed"]))
             return answer["value"]
         except TimeoutError:
             reason = f"the worker was ended after its time limit of {self._limit_s:g} s"
             raise self._failed(failed(self.spec, "timeout", reason)) from None
+        except Ended as ended:
+            raise self._failed(failed(self.spec, ended.status, ended.reason)) from None
         except (ValueError, TypeError, KeyError, RecordError) as error:
             reason = f"the worker gave no readable answer: {error}"
             raise self._failed(failed(self.spec, "crashed", reason)) from error
         finally:
             self._left_s -= time.monotonic() - started
 
-    def _send(self, message: object) -> None:
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is gone; reading its answer will tell
-
-    def _line(self, deadline: float) -> bytes:
-        while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                raise TimeoutError
-            more = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not more:
-                raise self._failed(self._ended())
-            self._unread += more
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line
-
-    def _ended(self) -> Record:
-        """The record of a worker that is gone without an answer."""
-        try:
-            # It closed its pipe, so that it is about to end; one that is not is ended.
-            code = self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            return failed(self.spec, "crashed", "the worker closed its pipe and went on")
-        if code == -signal.SIGKILL:
-            return failed(
-                self.spec, "killed", "the worker was killed (SIGKILL); most often the system was out of memory"
-            )
-        self._errors.seek(0)
-        errors = self._errors.read().decode(errors="replace")
-        return failed(self.spec, "crashed", f"the worker ended with code {code}: {_last_line(errors)}")
-
     def _failed(self, record: Record) -> RunFailed:
         self.close()
         return RunFailed(record)
 
 
-def worker_command() -> list[str]:
-    """The command line of a worker.
-
-    The worker is told who started it: asked later, the system could name whoever took over an orphan.
-    """
-    return [sys.executable, "-m", "benchmarks.harness.worker", str(os.getpid())]
-
-
-def worker_variables() -> dict[str, str]:
-    """The environment variables of a worker."""
-    return {**ALLOCATOR, **os.environ}
-
-
 def expected_environment(spec: RunSpec) -> dict[str, object]:
     """The environment fields of a record, as far as they are known without the worker."""
-    known = environment("cpu") | {"allocator": allocator(worker_variables())}
+    known = environment("cpu") | {"allocator": allocator(process_variables())}
     if spec.device != "cpu":
         # Asking for a GPU's name would open a CUDA context in this process, which measures nothing.
         known["device_name"] = None
@@ -207,11 +125,6 @@ def expected_environment(spec: RunSpec) -> dict[str, object]:
 def failed(spec: RunSpec, status: str, reason: str) -> Record:
     """The record of a run that did not end ok."""
     return spec.blank(spec.label(), status=status, reason=reason, **expected_environment(spec))
-
-
-def _last_line(errors: str) -> str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "it said nothing"
 
 
 # --- the worker's end
@@ -273,19 +186,25 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 def told(spec: RunSpec, error: Exception) -> Record:
     """What can go wrong in a run, as a record; what is a defect of the harness is raised again."""
+    status, reason = why(error)
+    return failed(spec, status, reason)
+
+
+def why(error: Exception) -> tuple[str, str]:
+    """Status and reason of a run that ended with this error; what is a defect of the harness is raised again."""
     match error:
         case InputError() | MethodError() | SparseGradError():
-            return failed(spec, "refused", str(error))
+            return "refused", str(error)
         case Diverged():
-            return failed(spec, "diverged", str(error))
+            return "diverged", str(error)
         case MemoryError():
-            return failed(spec, "oom", str(error).splitlines()[0] if str(error) else "out of memory")
+            return "oom", str(error).splitlines()[0] if str(error) else "out of memory"
         case torch.OutOfMemoryError():
             # One line of many sentences: that memory ran out, what was asked for, what there is, then advice.
             sentences = str(error).partition("\n")[0].rstrip(".").split(". ")
-            return failed(spec, "oom", "; ".join(sentences[:3]))
+            return "oom", "; ".join(sentences[:3])
         case RuntimeError() if line := _first_line_with(SHORT_OF_MEMORY, str(error)):
-            return failed(spec, "oom", line)
+            return "oom", line
     raise error
 
 
@@ -293,20 +212,9 @@ def _first_line_with(phrases: Sequence[str], text: str) -> str | None:
     return next((line for line in text.splitlines() if any(phrase in line for phrase in phrases)), None)
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process when the process that started it is gone, however that ended: nobody would read the record."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main() -> None:
     """Serve standard input; what libraries print goes to standard error."""
-    _end_with_parent(int(sys.argv[1]))
+    end_with_parent()
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         serve(sys.stdin, answers)

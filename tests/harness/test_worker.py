@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness import worker
+from benchmarks.harness import process, worker
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.protocol import Diverged
 from benchmarks.harness.spec import RunSpec
@@ -28,7 +28,7 @@ ANSWER = "import sys; sys.stdin.readline(); [print({!r}, flush=True) for line in
 
 def stand_in(monkeypatch, code):
     """Put a Python program in the worker's place."""
-    monkeypatch.setattr(worker, "worker_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(process, "process_command", lambda module: [sys.executable, "-c", code])
 
 
 def failure(request="prepare", spec=SPEC, **options):
@@ -105,7 +105,7 @@ def test_a_worker_that_gives_no_answer(monkeypatch, answer):
 def test_what_a_library_prints_is_no_answer(monkeypatch):
     noise = "import os, sys; from benchmarks.harness import worker, plain; "
     noise += "plain.PlainPass.round = lambda self: (print('progress'), os.write(1, b'more'), 0.5)[2]; worker.main()"
-    monkeypatch.setattr(worker, "worker_command", lambda: [sys.executable, "-c", noise, str(os.getpid())])
+    monkeypatch.setattr(process, "process_command", lambda module: [sys.executable, "-c", noise, str(os.getpid())])
     with Worker(SPEC) as it:
         it.prepare()
         assert it.round() == 0.5
@@ -158,8 +158,8 @@ def test_a_worker_ends_with_its_parent(tmp_path):
         [
             sys.executable,
             "-c",
-            "from benchmarks.harness import worker; import sys; "
-            f"worker.worker_command = lambda: [sys.executable, '-c', {code!r}, str(worker.os.getpid())]; "
+            "from benchmarks.harness import process, worker; import sys; "
+            f"process.process_command = lambda module: [sys.executable, '-c', {code!r}, str(process.os.getpid())]; "
             "worker.Worker(worker.RunSpec(method='full', layer=(2, 3))).prepare()",
         ]
     )
