@@ -42,6 +42,12 @@ EQUAL_MEMORY_EXAMPLES = """examples:
   sparsegrad-bench equal-memory --model bert-base --reference lora[7] --methods all --json equal.json
   sparsegrad-bench equal-memory --block 4096x11008 --reference lora[7] --metric resident_bytes --dtype bfloat16
 """
+QUALITY_EXAMPLES = """examples:
+  sparsegrad-bench quality --out study --jobs 2
+  sparsegrad-bench quality --out study --jobs 2 --minutes 60 --json summary.json
+  sparsegrad-bench quality --out small --tasks trec,amazon --arms lora,sparsegrad-core@peak --train-size 100 --epochs 15
+  sparsegrad-bench quality --out glue --model google-bert/bert-base-uncased --tasks glue/rte,glue/mrpc --hub
+"""
 REPORT_EXAMPLES = """examples:
   sparsegrad-bench report results/records.json --out results
 """
@@ -57,12 +63,13 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_predict(commands)
     _add_equal_memory(commands)
+    _add_quality(commands)
     _add_report(commands)
     return root
 
 
 def _shared_options() -> argparse.ArgumentParser:
-    """What all commands but `report` take: the workload, the methods, and how they train."""
+    """What the commands that measure or predict take: the workload, the methods, and how they train."""
     shared = argparse.ArgumentParser(add_help=False)
     what = shared.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -236,6 +243,44 @@ def _add_equal_memory(commands) -> None:
     equal.set_defaults(handler=_equal_memory)
 
 
+def _add_quality(commands) -> None:
+    quality = commands.add_parser(
+        "quality",
+        help="fine-tune for real at equal memory, and compare what comes out",
+        description="Run the quality study: every arm (a method at LoRA's peak memory, or at LoRA's trainable parameters)\n"
+        "on every task, with learning rates tuned alike, by the protocol in docs/quality-protocol.md.\n\n"
+        "Each run is kept in DIR/runs.jsonl as it ends; the same command goes on where an earlier one was cut off.\n"
+        "DIR/summary.json says what is known so far. What is not given is the core study's: hours on two cores.",
+        epilog=QUALITY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    quality.add_argument("--out", type=Path, required=True, metavar="DIR")
+    quality.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread (default: 1)")
+    quality.add_argument("--minutes", type=float, metavar="N", help="begin no further run after so long")
+    quality.add_argument("--time-limit", type=float, default=3600, metavar="SECONDS", help="per run (default: 3600)")
+    quality.add_argument("--model", default="minilm-l6", help="an encoder with weights and a tokenizer")
+    quality.add_argument(
+        "--tasks",
+        type=several(str),
+        default="trec,trec-fine,movie-sentiment,amazon,nyt,tweets",
+        help="packaged data sets, or glue/TASK with --hub (default: the core study's six)",
+    )
+    quality.add_argument("--arms", default="core", help="core (default), extended, or names separated by commas")
+    quality.add_argument(
+        "--train-size", type=_size_or_all, default=300, metavar="N|all", help="training examples (default: 300)"
+    )
+    quality.add_argument("--epochs", type=int, default=8)
+    quality.add_argument("--seeds", type=int, default=8)
+    quality.add_argument("--train-rest", choices=("all", "none"), default="none")
+    quality.add_argument("--hub", action="store_true", help="allow downloads from the Hugging Face hub")
+    quality.add_argument("--json", metavar="PATH|-", default="-", help="where the summary goes too (default: -)")
+    quality.set_defaults(handler=_quality)
+
+
+def _size_or_all(text: str) -> int | None:
+    return None if text == "all" else integer(text)
+
+
 def _add_report(commands) -> None:
     report = commands.add_parser(
         "report",
@@ -327,6 +372,13 @@ def _snapshot_of(spec: RunSpec) -> str:
     path = Path(spec.snapshot)
     label = re.sub(r"[^\w.]+", "-", spec.method_label).strip("-")
     return str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
+
+
+def _quality(arguments: argparse.Namespace) -> int:
+    from benchmarks.quality.command import quality_command
+
+    quality_command(arguments)
+    return OK
 
 
 def _report(arguments: argparse.Namespace) -> int:

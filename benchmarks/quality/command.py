@@ -1,0 +1,68 @@
+"""The command `quality`: run what a study lacks, and say what it has found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+
+from benchmarks.collect import check_destination, say
+from benchmarks.harness.errors import InputError
+from benchmarks.quality.ledger import Heading, Ledger
+from benchmarks.quality.schedule import run_all
+from benchmarks.quality.study import ARMS, CORE, Study, records
+from benchmarks.quality.summary import summarise, table
+from benchmarks.quality.tasks import load_task
+from reports.record import write_bytes
+
+RUNS, SUMMARY = "runs.jsonl", "summary.json"
+ARM_SETS = {"core": tuple(arm.name for arm in CORE), "extended": tuple(ARMS)}
+
+
+def quality_command(arguments: argparse.Namespace) -> None:
+    """Start or continue the study in `--out`, for as long as `--minutes` says, and write its summary."""
+    check_destination(arguments.json)
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {arguments.jobs}")
+    for option in ("minutes", "time_limit"):
+        value = getattr(arguments, option)
+        if value is not None and not value > 0:
+            raise InputError(f"--{option.replace('_', '-')} must be positive, got {value}")
+    asked = study_of(arguments)
+    ledger = Ledger(arguments.out / RUNS)
+    if ledger.heading is None:
+        for task in asked.tasks:
+            # All of them before hours of training: a study is not begun with an error in it.
+            load_task(task, asked.hub).training_set(asked.train_size, 0)
+        say("budgets by prediction ...")
+        ledger.start(Heading(asked, records(asked, say)))
+    elif ledger.heading.study != asked:
+        raise InputError(f"{ledger.path} is of another study ({_differences(ledger.heading.study, asked)}): {_CHOOSE}")
+    seconds = None if arguments.minutes is None else arguments.minutes * 60
+    complete = run_all(ledger, arguments.jobs, say, arguments.time_limit, seconds)
+    summary = summarise(ledger)
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    write_bytes(text.encode(), arguments.out / SUMMARY)
+    if arguments.json == "-":
+        sys.stdout.write(text)
+    else:
+        write_bytes(text.encode(), arguments.json)
+    say("\n".join(table(summary)))
+    if not complete:
+        say(f"not complete: the same command goes on; {arguments.out / SUMMARY} says what is known")
+
+
+_CHOOSE = "give its settings, or another --out"
+
+
+def study_of(arguments: argparse.Namespace) -> Study:
+    """The study that a command line asks for. Raises `InputError`."""
+    given = {f.name: getattr(arguments, f.name) for f in fields(Study) if hasattr(arguments, f.name)}
+    arms = ARM_SETS.get(arguments.arms) or tuple(part.strip() for part in arguments.arms.split(","))
+    return Study(**given | {"arms": arms})
+
+
+def _differences(before: Study, asked: Study) -> str:
+    differing = [f.name for f in fields(Study) if getattr(before, f.name) != getattr(asked, f.name)]
+    return ", ".join(f"{name} {getattr(before, name)} there, {getattr(asked, name)} here" for name in differing)
