@@ -247,7 +247,7 @@ def _add_quality(commands) -> None:
     quality = commands.add_parser(
         "quality",
         help="fine-tune for real at equal memory, and compare what comes out",
-        description="Run the quality study: every arm (a method at LoRA's peak memory, or at LoRA's trainable parameters)\n"
+        description="Run the quality study: every arm (a method at LoRA's peak memory or with as many parameters)\n"
         "on every task, with learning rates tuned alike, by the protocol in docs/quality-protocol.md.\n\n"
         "Each run is kept in DIR/runs.jsonl as it ends; the same command goes on where an earlier one was cut off.\n"
         "DIR/summary.json says what is known so far. What is not given is the core study's: hours on two cores.",

@@ -64,10 +64,11 @@ class _Work:
         self._stopped = False
         self._started = time.monotonic()
         self._ends = None if deadline_s is None else self._started + deadline_s
-        self._spent_s = 0.0
+        self._steps_done = 0
         study = ledger.heading.study
         self._budgets = {name: record.budget for name, record in ledger.heading.arms.items()}
         self._pools = {task: len(load_task(task, study.hub).data.train) for task in study.tasks}
+        self._longest = max(study.steps(pool) for pool in self._pools.values())
 
     def serve(self, worker: TrialWorker) -> None:
         """Take trials until there are no more."""
@@ -123,15 +124,10 @@ class _Work:
         every = self._all()
         left = sum(t is None or not self._ledger.settled(t) for t in every)
         passed = time.monotonic() - self._started
-        # Tuning runs come first and are shorter: the steps of what is left are what counts.
-        self._spent_s += trial.steps
-        pace = passed / self._spent_s
-        ahead = pace * sum(self._steps(t, every) for t in every if t is None or not self._ledger.settled(t))
+        # Tuning runs come first and are shorter, so that steps are counted and not runs.
+        self._steps_done += trial.steps
+        ahead = sum(self._longest if t is None else t.steps for t in every if t is None or not self._ledger.settled(t))
+        minutes = passed / self._steps_done * ahead / 60
         result = f"{outcome.score:.2f}" if outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
-        self._say(
-            f"[{len(every) - left}/{len(every)}] {trial.label}: {result} (about {ahead / 60:.0f} min left of the study)"
-        )
+        self._say(f"[{len(every) - left}/{len(every)}] {trial.label}: {result} (about {minutes:.0f} min left)")
         self._changed.notify_all()
-
-    def _steps(self, trial: Trial | None, every: list[Trial | None]) -> int:
-        return trial.steps if trial is not None else max(t.steps for t in every if t is not None) * 3
