@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from reports import agreement, capacity, palette, record, sheet, tables
 from reports.figures import breakdown, by_size, counts, fit, panels, step_time, timeline
@@ -155,7 +155,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     """
     out = Path(out)
     records = list(records)
-    record.write_bytes(_encode(record.to_csv(records)), out / "records.csv")
+    record.write_bytes(encode(record.to_csv(records)), out / "records.csv")
     chart = by_size.Chart.of(records)
     sizes = _by_size(chart, out / "peak-by-size.png") if chart.regimes else None
     sections = []
@@ -167,7 +167,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
         ]
         sections.append(_section(position, workload, regimes, tuple(illustrations)))
     page = out / "index.html"
-    record.write_bytes(_encode(render(records, sections, sizes, _fits(records, out), _agreements(records))), page)
+    record.write_bytes(encode(render(records, sections, sizes, _fits(records, out), _agreements(records))), page)
     return page
 
 
@@ -183,15 +183,7 @@ def render(
     `sizes` is the figure of all layers and blocks, where there are any; `fits` and `agreements` are the parts of
     "Does it fit" and of "Prediction beside measurement", with the numbers of the workloads' own sections.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_in_order,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         records=records,
         sections=sections,
         sizes=sizes,
@@ -212,6 +204,19 @@ def render(
         unmatched=tables.UNMATCHED,
         missing=tables.MISSING,
     )
+
+
+def template(name: str) -> Template:
+    """A template of a page, in which all that is filled in is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_in_order,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _in_order(value: object) -> object:
@@ -265,17 +270,18 @@ def _agreements(records: Sequence[Record]) -> list[Section]:
 
 def _of_kind(kind: Kind, title: str, groups: Panels, path: Path) -> Illustration:
     """A workload's figure of this kind; its wide rendering is also written to `path`."""
-    images = _images({layout: kind.draw(title, groups, layout) for layout in (sheet.WIDE, sheet.NARROW)}, path)
+    images = renderings({layout: kind.draw(title, groups, layout) for layout in (sheet.WIDE, sheet.NARROW)}, path)
     return Illustration(images, kind.describe(title, groups), kind.caption + _left_out(groups, kind.most))
 
 
 def _by_size(chart: by_size.Chart, path: Path) -> Illustration:
-    images = _images({layout: by_size.draw(chart, layout) for layout in (sheet.WIDE, sheet.NARROW)}, path)
+    images = renderings({layout: by_size.draw(chart, layout) for layout in (sheet.WIDE, sheet.NARROW)}, path)
     rest = f" {chart.left_out:,} records more stand in the tables alone." if chart.left_out else ""
     return Illustration(images, by_size.describe(chart), BY_SIZE_CAPTION + rest)
 
 
-def _images(sheets: Mapping[sheet.Layout, sheet.Sheet], path: Path) -> tuple[Image, ...]:
+def renderings(sheets: Mapping[sheet.Layout, sheet.Sheet], path: Path) -> tuple[Image, ...]:
+    """The renderings of a figure for a page; the wide one is also written to `path`."""
     record.write_bytes(sheets[sheet.WIDE].png(), path)
     return tuple(
         Image(layout.name, layout.width, round(drawing.height), _data_uri(drawing.svg()))
@@ -305,6 +311,7 @@ def _data_uri(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
-def _encode(text: str) -> bytes:
+def encode(text: str) -> bytes:
+    """The text as UTF-8."""
     # JSON can carry half of a surrogate pair, which has no UTF-8 form.
     return text.encode("utf-8", "replace")

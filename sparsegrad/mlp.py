@@ -72,16 +72,19 @@ def find_layers(model: nn.Module, targets: str | Mapping[str, str] = "mlp") -> d
 
     Args:
         model: a transformers model of a known family, or any model where `targets` names layers.
-        targets: `mlp`, `attention` (the family's), `all-linear` (every linear layer outside the heads), names as the
-            comma-separated ends of module names (each name is a kind), or a mapping kind -> regular expression.
+        targets: `mlp`, `attention` (the family's), either with `/N` for those of every N-th block from the first on
+            (`mlp/3`), `all-linear` (every linear layer outside the heads), names as the comma-separated ends of module
+            names (each name is a kind), or a mapping kind -> regular expression.
 
     Raises:
         SparseGradError: the family is unknown, or nothing matches (it says how to name the layers), or a layer matches
             two targets, or layers of the model were replaced already.
     """
     check_unconverted(model)
-    if isinstance(targets, str) and targets in ("mlp", "attention"):
-        patterns = getattr(_family(model), targets)
+    every = 1
+    if isinstance(targets, str) and (named := re.fullmatch(r"(mlp|attention)(?:/([1-9]\d{0,5}))?", targets)):
+        patterns = getattr(_family(model), named[1])
+        every = int(named[2] or 1)
     elif targets == "all-linear":
         return _all_linear(model)
     elif isinstance(targets, str):
@@ -90,7 +93,7 @@ def find_layers(model: nn.Module, targets: str | Mapping[str, str] = "mlp") -> d
     else:
         patterns = dict(targets)
 
-    found = {kind: _matching(model, pattern) for kind, pattern in patterns.items()}
+    found = {kind: _matching(model, pattern)[::every] for kind, pattern in patterns.items()}
     empty = [kind for kind, names in found.items() if not names]
     if empty or not found:
         raise SparseGradError(

@@ -71,6 +71,16 @@ def test_families(model, model_type, targets):
         assert find_layers(model) == expected
 
 
+@pytest.mark.parametrize("targets", ["mlp", "attention"])
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_every_nth_block_from_the_first_on(model, targets):
+    expected = {kind: [f"model.layers.0.{end}" for end in ends] for kind, ends in LLAMA[targets].items()}
+    assert find_layers(model, f"{targets}/2") == expected
+    assert find_layers(model, f"{targets}/1") == find_layers(model, targets)
+    with pytest.raises(SparseGradError, match="matches target mlp/0"):
+        find_layers(model, "mlp/0")
+
+
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM", "AutoModelForQuestionAnswering"])
 def test_a_family_is_found_under_other_heads(tiny, auto):
     model = tiny("bert", auto)[0]

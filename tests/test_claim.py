@@ -1,0 +1,362 @@
+"""The claim: the rules of its verdicts, the arithmetic of the paper's tables, searches, and the command."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import cli
+from benchmarks.claim import command, equal_parameters, equal_peak, fixed_card, paper, quality, sensitivity
+from benchmarks.claim.cases import CASES, LLAMA, PUBLISHED, ROBERTA_BASE, Case
+from benchmarks.claim.equal_parameters import AS_PRINTED, DEFINITIONS, MATCHED, Found
+from benchmarks.claim.predictor import Predictor
+from benchmarks.claim.verdict import FAILS, HOLDS, UNDECIDED, combine, judge
+from benchmarks.harness.errors import InputError
+from benchmarks.harness.spec import RunSpec
+from reports.capacity import CONTEXT_BYTES
+from reports.record import Record, read
+
+GIB = 2**30
+SIZES = {name: 1000 for name in DEFINITIONS}
+LORA = Record(method="lora", budget=7, model="m", budget_params=100, device_semantics="cuda", **SIZES)
+MEPROP = replace(LORA, method="meprop-weight")
+SPARSEGRAD = replace(LORA, method="sparsegrad")
+NO_STUDY = quality.judge(None)
+
+
+# --- verdicts
+
+
+@pytest.mark.parametrize(
+    ("figure", "tolerance", "verdict", "direction"),
+    [
+        (1.0, 0.02, HOLDS, "equal"),
+        (1.02, 0.02, HOLDS, "equal"),
+        (1.03, 0.02, FAILS, "above"),
+        (1.03, 0.05, HOLDS, "equal"),
+        (0.97, 0.02, FAILS, "below"),
+        (0.98, 0.02, HOLDS, "equal"),
+        (1016 / 944, 0.05, FAILS, "above"),
+        (1016 / 944, 0.08, HOLDS, "equal"),
+    ],
+)
+def test_identical_has_two_sides(figure, tolerance, verdict, direction):
+    found = judge(figure, tolerance)
+    assert (found.verdict, found.direction) == (verdict, direction)
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict", "direction"),
+    [
+        ((0.99, 1.01), HOLDS, "equal"),
+        ((0.99, 1.03), UNDECIDED, None),
+        ((0.9, 1.1), UNDECIDED, None),
+        ((0.9, 0.97), FAILS, "below"),
+        ((1.021, 1.2), FAILS, "above"),
+    ],
+)
+def test_an_interval_that_spans_a_limit_decides_nothing(interval, verdict, direction):
+    found = judge(sum(interval) / 2, 0.02, interval)
+    assert (found.verdict, found.direction) == (verdict, direction)
+
+
+def test_a_missing_figure_is_undecided_and_says_so():
+    assert judge(None, 0.02).reason == "not obtained"
+    assert judge(None, 0.02).verdict == UNDECIDED
+    with pytest.raises(ValueError, match="finite"):
+        judge(float("nan"), 0.02)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ([HOLDS, HOLDS], HOLDS),
+        ([HOLDS, UNDECIDED], UNDECIDED),
+        ([HOLDS, UNDECIDED, FAILS], FAILS),
+        ([], UNDECIDED),  # nothing was seen to hold
+    ],
+)
+def test_cases_together(verdicts, expected):
+    assert combine(verdicts) == expected
+
+
+# --- the paper's tables
+
+
+def test_table_3_and_8_agree_and_have_the_ratios_that_are_quoted():
+    assert {name: round(value, 3) for name, value in paper.ratios().items()} == {
+        "lora/full": 0.702,
+        "sparsegrad/full": 0.755,
+        "sparsegrad/lora": 1.076,
+    }
+    for row in paper.table("table8"):
+        printed = next(float(r["memory_mb"]) for r in paper.table("table3") if r["method"] == row["method"])
+        assert float(row["avg"]) == printed
+
+
+def test_means_by_batch_are_over_the_tasks_of_that_batch():
+    # RoBERTa-base, Tables 13-15: MNLI, MRPC and RTE at 32, the other five at 16.
+    found = paper.by_batch()
+    assert found[32]["full"] == pytest.approx((1350 + 1362 + 1314) / 3)
+    assert found[16]["lora"] == pytest.approx((969 + 978 + 938 + 935 + 855) / 5)
+
+
+def test_counts_of_bytes_from_counts_of_parameters():
+    # 100 parameters, of which a target weight has 60; LoRA adds 10, SparseGrad keeps 6, its bases are 5 floats.
+    full = Record(method="full", model="m", total_params=100)
+    lora = Record(method="lora", model="m", budget_params=10, trainable_params=50)
+    sparsegrad = Record(method="sparsegrad", model="m", budget_params=6, basis_bytes=20)
+    counted = paper.counted(full, lora, sparsegrad)
+    assert [size for _, size in paper.floors(full)] == [400, 1200, 1600]
+    # weights 4 B each; moments 8 B for each that trains
+    assert counted["dense moments"] == {"full": 1200, "lora": 440 + 400, "sparsegrad": 400 + 20 + 800}
+    assert counted["moments of the kept entries"]["sparsegrad"] == 400 + 20 + 8 * (40 + 6)
+
+
+def test_agreement_with_the_paper_needs_every_ratio():
+    printed = paper.ratios()
+    assert paper.reproduced(printed) is True
+    assert paper.reproduced({**printed, "lora/full": printed["lora/full"] * 1.021}) is False
+    assert paper.reproduced({**printed, "lora/full": None}) is None
+
+
+def test_what_is_said_of_llama_is_what_its_shapes_say():
+    # 11 of 32 blocks, each with three weights of 4096 x 11008.
+    targets, model = 33 * 4096 * 11008, 6_738_415_616
+    assert round(100 * targets / model) == 22
+    assert round(100 * 33 * LLAMA.rank * (4096 + 11008) / model, 2) == 0.24
+    assert round(100 * 33 * LLAMA.kept / model, 2) == 0.05
+    spec = RunSpec(method="full", **LLAMA.common())
+    workload = spec.workload()
+    layers = workload.layers(workload.skeleton())
+    assert {kind: len(names) for kind, names in layers.items()} == {"gate": 11, "up": 11, "down": 11}
+    assert layers["up"][1].endswith("layers.3.mlp.up_proj")
+
+
+# --- the readings
+
+
+def found_of(sparsegrad):
+    pairs = ((MATCHED, LORA), (MATCHED, MEPROP), (MATCHED, sparsegrad), (AS_PRINTED, sparsegrad))
+    return [Found(ROBERTA_BASE, budgets, record) for budgets, record in pairs]
+
+
+def verdict_of(rows, **wanted):
+    (row,) = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return row
+
+
+def test_reading_1_judges_each_definition_at_each_tolerance_against_both_rivals():
+    rows = list(equal_parameters.verdicts(found_of(replace(SPARSEGRAD, peak_step_bytes=1040, resident_bytes=900))))
+    assert len(rows) == len(DEFINITIONS) * 3 * 3  # LoRA and MeProp at equal budgets, LoRA at the paper's
+    step = {"definition": "peak_step_bytes", "budgets": MATCHED, "against": "lora[7]"}
+    assert [verdict_of(rows, tolerance=t, **step)["verdict"] for t in (0.02, 0.05, 0.08)] == [FAILS, HOLDS, HOLDS]
+    below = verdict_of(rows, tolerance=0.08, **{**step, "definition": "resident_bytes"})
+    assert (below["verdict"], below["direction"], below["figure"]) == (FAILS, "below", 0.9)
+    assert below["evidence"] == "900 / 1000 bytes"
+
+
+def test_reading_1_has_no_verdict_on_what_was_not_obtained():
+    blank = dict.fromkeys(DEFINITIONS)
+    refused = replace(SPARSEGRAD, status="refused", reason="why", **blank)
+    rows = list(equal_parameters.verdicts(found_of(refused)))
+    assert {row["verdict"] for row in rows} == {UNDECIDED}
+    assert rows[0]["reason"] == "not obtained (sparsegrad[7]: refused, why)"
+
+
+def test_reading_2_fails_where_no_budget_fits_and_is_the_studys_where_one_does():
+    small = replace(SPARSEGRAD, budget=1, matched=False, peak_step_bytes=1100, reason="no budget fits")
+    row = equal_peak.verdict(ROBERTA_BASE, [LORA, small], quality.judge(study(HOLDS)))
+    assert (row["verdict"], row["direction"], row["figure"]) == (FAILS, "above", 1.1)
+    fits = replace(SPARSEGRAD, budget=3, matched=True, budget_params=50)
+    assert equal_peak.verdict(ROBERTA_BASE, [LORA, fits], NO_STUDY)["verdict"] == UNDECIDED
+    studied = quality.judge(study(HOLDS))
+    assert equal_peak.verdict(ROBERTA_BASE, [LORA, fits], studied)["verdict"] == HOLDS
+    assert equal_peak.verdict(ROBERTA_BASE, [LORA], studied)["verdict"] == UNDECIDED
+    # Within the tolerance the least budget has LoRA's peak, too.
+    near = replace(small, peak_step_bytes=1010)
+    assert equal_peak.verdict(ROBERTA_BASE, [LORA, near], studied)["verdict"] == HOLDS
+
+
+def study(verdict, **published):
+    """A summary as the study writes it: its primary endpoint undecided, the published method against LoRA as given."""
+    undone = {"first": "sparsegrad-core@peak", "second": "lora", "verdict": UNDECIDED, "reason": "2 of 9 are not done"}
+    done = {"first": PUBLISHED, "second": "lora", "verdict": verdict, "difference": 1.5, "low": 0.5, "high": 2.5}
+    return {"primary": undone, "secondary": [{**undone, "first": "full"}, {**done, **published}]}
+
+
+def test_quality_that_was_not_studied_never_passes():
+    assert (NO_STUDY.verdict, NO_STUDY.studied) == (UNDECIDED, False)
+
+
+def test_the_studys_verdict_is_the_published_methods_and_its_primary_endpoint_is_said():
+    found = quality.judge(study(FAILS))
+    assert (found.verdict, found.studied) == (FAILS, True)
+    assert [case["case"] for case in found.cases] == [
+        "sparsegrad-core@peak minus lora",
+        "full minus lora",
+        "sparsegrad minus lora",
+    ]
+    assert found.sentence == (
+        "sparsegrad-core@peak minus lora: undecided, 2 of 9 are not done; "
+        "sparsegrad minus lora: fails, +1.50 points (+0.50 to +2.50)"
+    )
+    assert quality.judge({"primary": None, "secondary": []}).verdict == UNDECIDED
+
+
+@pytest.mark.parametrize("summary", [{}, {"primary": {}, "secondary": []}, study("splendid"), [1]])
+def test_what_is_no_studys_summary_is_refused(summary):
+    with pytest.raises(InputError, match=r"lacks what|one of holds"):
+        quality.judge(summary)
+
+
+@pytest.mark.parametrize("bend", [0, 7])
+@pytest.mark.parametrize("slope", [1, 37])
+def test_the_largest_batch_fits_and_one_half_a_per_cent_above_it_does_not(slope, bend):
+    """Memory of a batch: 100 MiB and `slope` MiB for each example, and `bend` MiB more at every other one."""
+    asked = []
+
+    def predict(spec):
+        asked.append(spec)
+        size = (100 + slope * spec.batch + bend * (spec.batch % 2)) * 2**20
+        room = spec.gpu_memory_bytes
+        return spec.blank(
+            "m",
+            device_semantics="cuda",
+            peak_step_bytes=size,
+            peak_reserved_bytes=size + 2**20,
+            peak_preparation_bytes=0,
+            fits=None if room is None else size <= room - CONTEXT_BYTES,
+        )
+
+    spec = RunSpec(method="lora", budget=7, model="minilm-l6", device="cuda", batch=32)
+    search = fixed_card.Search(spec, "batch", Predictor(predict))
+    for card in (16 * GIB, 24 * GIB):
+        largest = search.largest("case", card)
+        sizes = [100 + slope * n + bend * (n % 2) for n in (largest.number, largest.most + 1)]
+        assert sizes[0] <= card // 2**20 - 512 < sizes[1]
+        assert largest.most - largest.number <= largest.number / 200
+    assert len(asked) <= 12
+
+
+def test_nothing_fits_is_nought_and_a_failure_is_missing():
+    spec = RunSpec(method="lora", budget=7, model="minilm-l6", device="cuda", batch=32)
+    needs = {"peak_step_bytes": 99 * GIB, "peak_reserved_bytes": 99 * GIB, "peak_preparation_bytes": 0}
+    large = fixed_card.Search(spec, "batch", Predictor(lambda s: s.blank("m", **needs))).largest("c", 16 * GIB)
+    assert (large.number, large.reason) == (0, None)
+    refused = Predictor(lambda s: s.blank("m", status="refused", reason="why"))
+    failed = fixed_card.Search(spec, "batch", refused).largest("c", 16 * GIB)
+    assert (failed.number, failed.reason) == (None, "batch 32: refused, why")
+    sparsegrad = replace(failed, record=SPARSEGRAD)
+    five = replace(large, number=5, most=5)
+    rows = list(fixed_card.verdicts([five, sparsegrad]))
+    assert {(row["verdict"], row["reason"]) for row in rows} == {(UNDECIDED, "batch 32: refused, why")}
+    fewer = list(fixed_card.verdicts([five, replace(sparsegrad, number=4, most=4, reason=None)]))
+    assert {(row["verdict"], row["direction"]) for row in fewer} == {(FAILS, "below")}
+    # 1000 to 1005 against 1010 to 1015 may be 0.985 or 0.995 of it: identical either way; 0.979 to 0.984 may not.
+    many = replace(five, number=1010, most=1015)
+    near, apart = (
+        [
+            row["verdict"]
+            for row in fixed_card.verdicts([many, replace(sparsegrad, number=n, most=n + 5, reason=None)])
+            if row["tolerance"] == 0.02
+        ]
+        for n in (1000, 990)
+    )
+    assert (near, apart) == ([HOLDS], [UNDECIDED])
+
+
+def test_turns_count_the_conditions_that_need_less():
+    base = {"method": "m", "batch": 1, "seq": 2, "dtype": "float32", "changed": None}
+    rows = [{**base, "batch": batch, "to_lora": ratio} for batch, ratio in ((1, 1.5), (2, 0.9), (3, 1.0), (4, None))]
+    (found,) = sensitivity.turns(rows)
+    assert (found["conditions"], found["below"]) == (3, 1)
+    assert (found["least"], found["least_at"], found["most_at"]) == (0.9, "2 x 2, float32", "1 x 2, float32")
+
+
+# --- the command
+
+CONFIG = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+SHAPE = {"num_attention_heads": 2, "vocab_size": 99, "max_position_embeddings": 40}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The quick selection on a tiny BERT, without dropout's refusals and on one card; and no study of quality."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, **SHAPE, "hidden_dropout_prob": 0.0}))
+    workload = {"batch": 4, "seq": 8, "dtype": "float32", "train_rest": "all", "targets": "mlp"}
+    case = Case("tiny", {"model": str(path), **workload}, rank=2, kept=20, seq_batch=4, note="small")
+    scope = replace(
+        command.QUICK,
+        cases=(case,),
+        methods=("lora", "meprop-weight", PUBLISHED),
+        on_cards=("lora", PUBLISHED),
+        axes=("seq",),
+    )
+    monkeypatch.setattr(command, "QUICK", scope)
+    monkeypatch.setattr(command, "read_quality", lambda: quality.read(tmp_path / "none.json"))
+    return tmp_path / "out"
+
+
+def test_the_quick_claim_on_a_tiny_model(tiny, capsys):
+    assert cli.main(["claim", "--quick", "--out", str(tiny)]) == 0
+    found = json.loads((tiny / "claim.json").read_text())
+    assert found["schema_version"] == 1
+    assert found["quality"]["studied"] is False
+    assert found["verdict"] == combine(reading["verdict"] for reading in found["readings"])
+    rows = [row for row in found["verdicts"] if row["reading"] == 1 and row["definition"] == "peak_step_bytes"]
+    records = {record.label: record for record in read(tiny / "records.json") if record.seq == 8}
+    assert {row["against"] for row in rows} == {"lora[2]", "meprop-weight[96]"}  # 2 x (16 + 32) entries
+    for row in rows:
+        expected = records[row["label"]].peak_step_bytes / records[row["against"]].peak_step_bytes
+        assert row["figure"] == expected
+    with (tiny / "verdicts.csv").open(newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == len(found["verdicts"])
+    # A tiny model's longest sequence fits on any card.
+    assert {row["number"] for row in found["cards"]} == {40}
+    assert all(row["longest"] for row in found["cards"])
+    assert "not studied yet" in (tiny / "index.html").read_text()
+    err = capsys.readouterr().err
+    assert f"the claim {found['verdict']}" in err
+    assert "reading 3, Fixed card: holds" in err
+
+
+@pytest.mark.parametrize(
+    ("verdict", "require", "code"),
+    [(FAILS, None, 0), (UNDECIDED, "holds", 1), (FAILS, "holds", 1), (HOLDS, "holds", 0)],
+)
+def test_exit_codes(tmp_path, monkeypatch, verdict, require, code):
+    names = ("verdicts", "memory", "budgets", "cards", "sensitivity", "readings")
+    found = {"verdict": verdict, "sentence": "s", **{name: [] for name in names}}
+    monkeypatch.setattr(command, "gather", lambda *_: dict(found))
+    monkeypatch.setattr(command, "write_page", lambda *_: tmp_path / "index.html")
+    arguments = ["claim", "--out", str(tmp_path), *(["--require", require] if require else [])]
+    assert cli.main(arguments) == code
+
+
+def test_a_directory_that_cannot_be_written_is_said_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["claim", "--quick", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_prediction_is_made_once_and_keeps_why_its_budget_was_chosen():
+    asked = []
+
+    def predict(spec):
+        asked.append(spec)
+        return spec.blank("m", peak_step_bytes=1)
+
+    predictor = Predictor(predict)
+    spec = RunSpec(method="lora", budget=7, model="minilm-l6")
+    records = [predictor(replace(spec, matched=True)), predictor(replace(spec, equal_trainable="lora[7]"))]
+    assert len(asked) == 1
+    assert [record.matched for record in records] == [True, None]
+    assert len(predictor.records) == 1
+
+
+def test_the_papers_cases_are_named_once():
+    assert [case.name for case in CASES] == ["roberta-base", "roberta-large", "llama-2-7b"]
+    assert [case.reference for case in CASES] == ["lora[7]", "lora[10]", "lora[32]"]
