@@ -13,6 +13,10 @@ from benchmarks.harness import models, pairing, turns, worker
 from benchmarks.harness.predict import SEMANTICS
 from benchmarks.harness.spec import RunSpec
 from benchmarks.options import single
+from benchmarks.quality import command as quality
+from benchmarks.quality.ledger import Heading, Ledger
+from benchmarks.quality.schedule import DEFAULT_TIME_LIMIT_S
+from benchmarks.quality.study import ARMS, Study
 from reports.record import read
 
 LAYER = [
@@ -298,6 +302,60 @@ def test_usage_errors(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arms", "lora,loar"], "unknown arm 'loar': choose of lora, sparsegrad-core@peak"),
+        (["--arms", "lora,lora"], "arms must be one or more, each once"),
+        (["--tasks", "trec,terc"], "unknown data set 'terc'"),
+        (["--tasks", "glue/rte"], "--hub"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--minutes", "nan"], "--minutes must be positive, got nan"),
+        (["--time-limit", "-1"], "--time-limit must be positive, got -1"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--train-size", "0"], "a training set of 0 cannot be drawn"),
+        (["--train-size", "5000"], "trec has a pool of 3981 examples"),
+        (["--model", "no-such-model"], "unknown model 'no-such-model'"),
+        (["--model", "bert-base"], "bert-base is no encoder with a tokenizer"),
+        (["--model", "gpt2"], "gpt2 is no encoder with a tokenizer"),
+        (["--json", "/proc/no/summary.json"], "--json /proc/no/summary.json cannot be written"),
+    ],
+)
+def test_a_study_that_cannot_be_is_one_clear_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "records", lambda *_: pytest.fail("predicted all the same"))
+    assert cli.main(["quality", "--out", str(tmp_path / "study"), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_another_study_in_the_same_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "run_all", lambda *_: pytest.fail("ran all the same"))
+    Ledger(tmp_path / "runs.jsonl").start(Heading(Study(seeds=3, arms=("head",)), {}))
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    assert cli.main(["quality", "--out", str(tmp_path), "--arms", "head", "--seeds", "4", "--epochs", "9"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "is of another study (epochs 8 there, 9 here, seeds 3 there, 4 here): give its settings, or another" in err
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "runs.jsonl").read_bytes() == before
+    (tmp_path / "runs.jsonl").write_text("nonsense\n")
+    assert cli.main(["quality", "--out", str(tmp_path)]) == 2
+    assert "runs.jsonl, line 1, is not of a study's runs" in capsys.readouterr().err
+
+
+def test_the_default_study_is_the_protocols():
+    arguments = cli.parser().parse_args(["quality", "--out", "study"])
+    assert quality.study_of(arguments) == Study()
+    assert arguments.time_limit == DEFAULT_TIME_LIMIT_S
+    extended = cli.parser().parse_args(["quality", "--out", "study", "--arms", "extended", "--train-size", "all"])
+    assert quality.study_of(extended) == Study(arms=tuple(ARMS), train_size=None)
+
+
 def test_report_of_what_is_not_a_results_file(tmp_path, capsys):
     for name, text in {"cut.json": '[{"method":', "other.json": '{"a": 1}'}.items():
         (tmp_path / name).write_text(text)
@@ -313,7 +371,7 @@ def test_help_needs_no_torch():
 
 
 def test_every_command_has_examples(capsys):
-    for command in ("run", "predict", "equal-memory", "report"):
+    for command in ("run", "predict", "equal-memory", "quality", "report"):
         with pytest.raises(SystemExit) as error:
             cli.main([command, "--help"])
         assert error.value.code == 0

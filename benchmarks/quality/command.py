@@ -8,12 +8,13 @@ import sys
 from dataclasses import fields
 
 from benchmarks.collect import check_destination, say
+from benchmarks.harness import models
 from benchmarks.harness.errors import InputError
 from benchmarks.quality.ledger import Heading, Ledger
 from benchmarks.quality.schedule import run_all
 from benchmarks.quality.study import ARMS, CORE, Study, records
 from benchmarks.quality.summary import summarise, table
-from benchmarks.quality.tasks import load_task
+from benchmarks.quality.tasks import TaskWorkload, load_task
 from reports.record import write_bytes
 
 RUNS, SUMMARY = "runs.jsonl", "summary.json"
@@ -32,9 +33,7 @@ def quality_command(arguments: argparse.Namespace) -> None:
     asked = study_of(arguments)
     ledger = Ledger(arguments.out / RUNS)
     if ledger.heading is None:
-        for task in asked.tasks:
-            # All of them before hours of training: a study is not begun with an error in it.
-            load_task(task, asked.hub).training_set(asked.train_size, 0)
+        _check_workloads(asked)
         say("budgets by prediction ...")
         ledger.start(Heading(asked, records(asked, say)))
     elif ledger.heading.study != asked:
@@ -51,6 +50,28 @@ def quality_command(arguments: argparse.Namespace) -> None:
     say("\n".join(table(summary)))
     if not complete:
         say(f"not complete: the same command goes on; {arguments.out / SUMMARY} says what is known")
+
+
+def _check_workloads(study: Study) -> None:
+    """Every task's workload, before hours of training: a study is not begun with an error in it.
+
+    Raises:
+        InputError: as `TaskWorkload` and `Task.training_set`.
+    """
+    source = models.resolve(study.model, hub=study.hub)
+    for name in study.tasks:
+        task = load_task(name, study.hub)
+        TaskWorkload(
+            task,
+            task.training_set(study.train_size, 0),
+            source,
+            batch=study.batch,
+            seq=study.longest,
+            dtype="float32",
+            device="cpu",
+            seed=0,
+            targets="mlp",
+        )
 
 
 _CHOOSE = "give its settings, or another --out"

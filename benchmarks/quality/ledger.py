@@ -69,7 +69,7 @@ class Ledger:
         lines = complete.splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                raw = json.loads(line)
+                raw = json.loads(line, parse_constant=_no_number)
                 if number == 1:
                     self.heading = _heading(raw)
                 else:
@@ -81,6 +81,10 @@ class Ledger:
             # A line that was cut off: what is appended must not join it.
             with open(self.path, "r+b") as file:
                 file.truncate(len(complete))
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _heading(raw: dict[str, object]) -> Heading:

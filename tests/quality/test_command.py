@@ -1,0 +1,63 @@
+"""A whole tiny study through the command line."""
+
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import cli
+from benchmarks.harness import text
+from benchmarks.quality import command, tasks, training
+from benchmarks.quality.schedule import run_all
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process, with 30 test examples and 20 for validation."""
+    monkeypatch.setattr(tasks, "TEST_EXAMPLES", 30)
+    monkeypatch.setattr(tasks, "VALIDATION_EXAMPLES", 20)
+    monkeypatch.setattr(text, "load", functools.cache(text.load))
+    worker = SimpleNamespace(run=lambda trial: training.run(trial), close=lambda: None)
+    monkeypatch.setattr(command, "run_all", functools.partial(run_all, worker=lambda limit: worker))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_study_is_begun_goes_on_and_ends(model, here, tmp_path, monkeypatch, capsys):
+    arguments = ["quality", "--out", str(tmp_path / "study"), "--model", model, "--tasks", "amazon", "--arms", "head"]
+    arguments += ["--train-size", "16", "--epochs", "2", "--seeds", "2"]
+    runs, summary = tmp_path / "study" / "runs.jsonl", tmp_path / "study" / "summary.json"
+
+    assert cli.main([*arguments, "--minutes", "1e-9"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads(summary.read_text())
+    assert json.loads(out)["runs"]["settled"] == 0
+    assert "not complete: the same command goes on" in err
+    assert len(runs.read_text().splitlines()) == 1
+
+    monkeypatch.setattr(command, "records", lambda *_: pytest.fail("predicted again"))
+    assert cli.main([*arguments, "--json", str(tmp_path / "copy.json")]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "not complete" not in err
+    assert (tmp_path / "copy.json").read_bytes() == summary.read_bytes()
+    lines = [json.loads(line) for line in runs.read_text().splitlines()[1:]]
+    assert [line["trial"]["purpose"] for line in lines] == ["tuning"] * 5 + ["final"] * 2
+    assert {line["status"] for line in lines} == {"ok"}
+    assert [line["trial"]["steps"] for line in lines] == [1] * 5 + [2] * 2
+    best = max(lines[:5], key=lambda line: (line["score"], -line["trial"]["lr"]))
+    found = json.loads(summary.read_text())
+    (arm,) = found["arms"]
+    (of,) = arm["tasks"]
+    assert of["lr"] == best["trial"]["lr"]
+    assert of["scores"] == {str(line["trial"]["seed"]): line["score"] for line in lines[5:]}
+    assert [len(line["predictions"]) for line in lines[5:]] == [30, 30]
+    assert found["primary"] is None
+
+    before = runs.read_bytes(), summary.read_bytes()
+    monkeypatch.setattr(training, "run", lambda trial: pytest.fail("ran again"))
+    assert cli.main(arguments) == 0
+    assert (runs.read_bytes(), summary.read_bytes()) == before
