@@ -42,8 +42,8 @@ def summarise(ledger: Ledger) -> dict[str, object]:
     known = set(planned)
     finals: dict[tuple[str, str], dict[int, Outcome]] = {}
     for outcome in ledger.outcomes:
-        # Not a final run at a rate that was the best until a tuning run was tried again.
-        if outcome.trial.purpose == FINAL and outcome.trial in known:
+        # Neither a final run at a rate that was the best until a tuning run was tried again, nor one to be tried again.
+        if outcome.trial.purpose == FINAL and outcome.trial in known and ledger.settled(outcome.trial):
             finals.setdefault((outcome.trial.arm, outcome.trial.task), {})[outcome.trial.seed] = outcome
     primary = None
     if {CANDIDATE, BASELINE} <= set(arms):

@@ -336,3 +336,16 @@ def test_an_arm_whose_prediction_is_refused(model, monkeypatch):
     )
     with pytest.raises(InputError, match=r"^the arm lora has no budget: refused, not this model"):
         records(Study(model=model, arms=("lora",)))
+
+
+def test_a_killed_final_run_is_not_done(tmp_path):
+    it = ledger(tmp_path)
+
+    def fails(trial):
+        return "killed" if (trial.purpose, trial.arm, trial.seed, trial.task) == (FINAL, "lora", 1, "trec") else None
+
+    right = {"lora": 600, "sparsegrad-core@peak": 800, "head": 300}
+    assert not run_all(it, 1, lambda _: None, worker=lambda limit: Fake(right, fails))
+    primary = summarise(it)["primary"]
+    assert primary["verdict"] == "undecided"
+    assert "1 of 12 runs are not done" in primary["reason"]
