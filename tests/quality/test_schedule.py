@@ -213,8 +213,13 @@ def test_an_interruption_closes_the_workers_and_keeps_nothing_of_what_they_did(l
         def close(self):
             closed.set()
 
-    with pytest.raises(KeyboardInterrupt):
-        run_all(ledger, 1, silent, worker=lambda limit: Slow())
+    # A shell's background jobs, and so their tests, start with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_all(ledger, 1, silent, worker=lambda limit: Slow())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert closed.is_set()
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and thread.daemon and "serve" in thread.name:
