@@ -117,7 +117,8 @@ GLUE_TASKS = {
     "wnli": GlueTask(("sentence1", "sentence2"), ("not_entailment", "entailment")),
 }
 
-_SENTIMENTS = {f"{name}-sentiment": name for name in _RATINGS}
+SENTIMENT = "-sentiment"  # how a set is called that has the texts of another, labelled by the sign of their ratings
+_SENTIMENTS = {f"{name}{SENTIMENT}": name for name in _RATINGS}
 PACKAGED_NAMES = ("trec", "trec-fine", *_RATINGS, *_SENTIMENTS)
 GLUE_NAMES = tuple(f"glue/{task}" for task in GLUE_TASKS)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.errors import InputError
-from benchmarks.quality.study import PROTOCOL, Study
+from benchmarks.quality.study import Study
+from benchmarks.quality.tasks import PROTOCOL
 from benchmarks.quality.training import Outcome, Trial
 from reports.record import Record, RecordError
 

@@ -124,7 +124,7 @@ class _Work:
         every = self._all()
         left = sum(t is None or not self._ledger.settled(t) for t in every)
         passed = time.monotonic() - self._started
-        # Tuning runs come first and are shorter, so that steps are counted and not runs.
+        # Tasks have pools of different sizes, so that steps are counted and not runs.
         self._steps_done += trial.steps
         ahead = sum(self._longest if t is None else t.steps for t in every if t is None or not self._ledger.settled(t))
         minutes = passed / self._steps_done * ahead / 60

@@ -7,62 +7,68 @@ arm on a task is tuned first, and the final runs take the best. So it can be cut
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 
 from baselines.method import Budget
 from benchmarks.harness.budget import equal_memory
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.plan import plan, plan_equal_memory
 from benchmarks.harness.predict import predict
+from benchmarks.harness.text import SENTIMENT
 from benchmarks.quality.training import FINAL, TUNING, Outcome, Trial
 from reports.record import Record
-
-PROTOCOL = 1  # raised when docs/quality-protocol.md changes what a result means
 
 REFERENCE = "lora[7]"
 METRIC = "peak_step_bytes"
 # The case whose memory is matched: what a user of 16 texts of up to 64 tokens would see.
 MEMORY_BATCH, MEMORY_SEQ = 16, 64
 
-# Learning rates that are tried, half a decade apart: as many for every arm, one step lower for the arm whose every
-# parameter trains and one higher for the one whose pretrained parameters do not.
-LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-LOWER_LRS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-HIGHER_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+# The learning rates that can be tried. Each arm has four neighbours of them, around those that were best for it in
+# protocol 1, where five from 1e-4 to 1e-2 were tried (`full` 3e-5 to 3e-3, `head` 3e-4 to 3e-2).
+SERIES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+TRIED = 4
+TUNING_SEEDS = (1000, 1001)
 
 PARAMETERS, PEAK, NONE = "parameters", "peak", "none"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method as it enters the study: `matched` says in what its budget equals LoRA's, `lrs` what is tried."""
+    """A method as it enters the study: `matched` says in what its budget equals LoRA's, `lowest` the first rate."""
 
     name: str
     method: str
     matched: str
-    lrs: tuple[float, ...] = LRS
+    lowest: float = 5e-4
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The learning rates that are tried: (`TRIED`,), ascending."""
+        first = SERIES.index(self.lowest)
+        return SERIES[first : first + TRIED]
 
 
 # The primary endpoint compares the first two.
 PRIMARY = (
     Arm("lora", "lora", PARAMETERS),
-    Arm("sparsegrad-core@peak", "sparsegrad-core", PEAK),
+    Arm("sparsegrad-core@peak", "sparsegrad-core", PEAK, 2e-4),
 )
 CORE = (
     *PRIMARY,
-    Arm("sparsegrad-directions@peak", "sparsegrad-directions", PEAK),
-    Arm("sparsegrad-core", "sparsegrad-core", PARAMETERS),
-    Arm("sparsegrad-directions", "sparsegrad-directions", PARAMETERS),
-    Arm("random-mask", "random-mask", PARAMETERS),
-    Arm("full", "full", NONE, LOWER_LRS),
+    Arm("full", "full", NONE, 5e-5),
+    Arm("random-mask", "random-mask", PARAMETERS, 2e-3),
+    Arm("sparsegrad-core", "sparsegrad-core", PARAMETERS, 1e-3),
+    Arm("sparsegrad-directions@peak", "sparsegrad-directions", PEAK, 2e-4),
     Arm("sparsegrad", "sparsegrad", PARAMETERS),
     Arm("meprop-weight", "meprop-weight", PARAMETERS),
-    Arm("head", "head", NONE, HIGHER_LRS),
+    Arm("head", "head", NONE, 5e-3),
 )
 EXTENDED = (
-    Arm("sparsegrad-fixed@peak", "sparsegrad-fixed", PEAK),
-    Arm("sparsegrad-fixed", "sparsegrad-fixed", PARAMETERS),
+    Arm("sparsegrad-directions", "sparsegrad-directions", PARAMETERS),
+    Arm("sparsegrad-fixed@peak", "sparsegrad-fixed", PEAK, 2e-4),
+    Arm("sparsegrad-fixed", "sparsegrad-fixed", PARAMETERS, 2e-3),
     Arm("sparsegrad-compact", "sparsegrad-compact", PARAMETERS),
     Arm("meprop-example", "meprop-example", PARAMETERS),
     Arm("meprop-unified", "meprop-unified", PARAMETERS),
@@ -75,7 +81,7 @@ CORE_TASKS = ("trec", "trec-fine", "movie-sentiment", "amazon", "nyt", "tweets")
 class Study:
     """The settings of a study; what is not given is the core study's.
 
-    `train_size` None is the whole pool. Final runs have seeds 0 to `seeds` - 1, tuning runs `tuning_seed`. `lrs` None
+    `train_size` None is the whole pool. Final runs have seeds 0 to `seeds` - 1, tuning runs `TUNING_SEEDS`. `lrs` None
     is each arm's own.
     """
 
@@ -89,7 +95,6 @@ class Study:
     train_rest: str = "none"
     lrs: tuple[float, ...] | None = None
     seeds: int = 8
-    tuning_seed: int = 1000
     hub: bool = False
 
     def __post_init__(self):
@@ -100,6 +105,9 @@ class Study:
                 continue
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{what} must be one or more, each once, got {', '.join(map(str, values)) or 'none'}")
+        # Their errors depend on each other, and the statistics would take them for independent.
+        if twins := [name for name in self.tasks if f"{name}{SENTIMENT}" in self.tasks]:
+            raise InputError(f"{twins[0]} and {twins[0]}{SENTIMENT} have the same texts: choose one of them")
         for what in ("epochs", "batch", "longest", "seeds"):
             if getattr(self, what) < 1:
                 raise InputError(f"{what} must be at least 1, got {getattr(self, what)}")
@@ -118,7 +126,7 @@ class Study:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
     def steps(self, pool: int) -> int:
-        """Steps of a final run whose task has a pool of so many examples; a tuning run has a third."""
+        """Steps of a run, tuning or final, whose task has a pool of so many examples."""
         return self.epochs * math.ceil((self.train_size or pool) / self.batch)
 
 
@@ -147,7 +155,7 @@ def records(study: Study, say: Callable[[str], None] = lambda _: None) -> dict[s
             found[name] = predict(plan(arm.method, REFERENCE, **common)[0])
         record = found[name]
         if record.status != "ok" or (arm.matched == PEAK and not record.matched):
-            raise InputError(f"the arm {name} has no budget: {record.status}, {record.reason}")
+            raise InputError(f"the arm {name} has no budget ({record.status}): {record.reason}")
         say(f"arm {name}: {record.label}, peak {record.peak_step_bytes / 2**20:.1f} MiB")
     return found
 
@@ -163,10 +171,11 @@ def _at_equal_peak(arm: Arm, common: Mapping[str, object]) -> Record:
 
 
 def stages(study: Study) -> Iterator[tuple[str, ...]]:
-    """The arms in the order in which they are done: those of the primary endpoint, then all others."""
+    """The arms in the order in which they are done: those of the primary endpoint together, then one at a time."""
     primary = tuple(arm.name for arm in PRIMARY if arm.name in study.arms)
-    others = tuple(name for name in study.arms if name not in primary)
-    yield from (stage for stage in (primary, others) if stage)
+    if primary:
+        yield primary
+    yield from ((name,) for name in study.arms if name not in primary)
 
 
 def trials(study: Study, budgets: Mapping[str, Budget], pools: Mapping[str, int], done: Iterable[Outcome]):
@@ -178,30 +187,48 @@ def trials(study: Study, budgets: Mapping[str, Budget], pools: Mapping[str, int]
         pools: the examples in each task's pool.
         done: outcomes so far.
     """
-    tuned = {(o.trial.arm, o.trial.task, o.trial.lr): o for o in done if o.trial.purpose == TUNING}
+    outcomes = {outcome.trial: outcome for outcome in done}
     for arms in stages(study):
+        tuning = {}
         for task in study.tasks:
             for arm in arms:
-                for lr in study.lrs_of(arm):
-                    steps = max(1, study.steps(pools[task]) // 3)
-                    yield _trial(study, TUNING, task, arm, budgets[arm], lr, study.tuning_seed, steps)
+                tuning[arm, task] = [
+                    _trial(study, TUNING, task, arm, budgets[arm], lr, seed, study.steps(pools[task]))
+                    for lr in study.lrs_of(arm)
+                    for seed in TUNING_SEEDS
+                ]
+                yield from tuning[arm, task]
         for seed in range(study.seeds):
             for task in study.tasks:
                 for arm in arms:
-                    outcomes = [tuned.get((arm, task, lr)) for lr in study.lrs_of(arm)]
-                    if any(outcome is None for outcome in outcomes):
+                    tuned = [outcomes.get(trial) for trial in tuning[arm, task]]
+                    if any(outcome is None for outcome in tuned):
                         yield None
                         continue
-                    yield _trial(
-                        study, FINAL, task, arm, budgets[arm], best_lr(outcomes), seed, study.steps(pools[task])
-                    )
+                    yield _trial(study, FINAL, task, arm, budgets[arm], best_lr(tuned), seed, study.steps(pools[task]))
 
 
-def best_lr(outcomes: Iterable[Outcome]) -> float:
-    """The learning rate with the best score on validation; of equal ones, and where all failed, the smallest."""
-    outcomes = list(outcomes)
-    scores = [-math.inf if o.status != "ok" else o.score for o in outcomes]
-    return min(o.trial.lr for o, value in zip(outcomes, scores, strict=True) if value == max(scores))
+def best_lr(tuned: Sequence[Outcome]) -> float:
+    """The learning rate with the best mean score on validation.
+
+    Of equal ones the one whose training loss ends lowest: a model that answers every text alike has a score that rates
+    share by chance. A rate at which a run failed is not taken, and where all have one, the smallest is.
+    """
+    scores = mean_scores(tuned)
+    whole = {lr: score for lr, score in scores.items() if score is not None}
+    if not whole:
+        return min(scores)
+    best = max(whole.values())
+    ends = {lr: fmean(o.losses[-1] for o in tuned if o.trial.lr == lr) for lr in whole if whole[lr] == best}
+    return min(ends, key=lambda lr: (ends[lr], lr))
+
+
+def mean_scores(tuned: Iterable[Outcome]) -> dict[float, float | None]:
+    """The mean score of the tuning runs at each learning rate, ascending; None where one of them failed."""
+    scores: dict[float, list[float | None]] = {}
+    for outcome in sorted(tuned, key=lambda o: (o.trial.lr, o.trial.seed)):
+        scores.setdefault(outcome.trial.lr, []).append(outcome.score if outcome.status == "ok" else None)
+    return {lr: None if None in of else fmean(of) for lr, of in scores.items()}
 
 
 def _trial(study: Study, purpose: str, task: str, arm: str, budget: Budget, lr: float, seed: int, steps: int) -> Trial:

@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.statistics import LEVEL, Paired, Runs, compare, holm, mean_interval
-from benchmarks.quality.study import PRIMARY, PROTOCOL, trials
-from benchmarks.quality.tasks import Task, load_task
+from benchmarks.quality.study import PRIMARY, mean_scores, trials
+from benchmarks.quality.tasks import PROTOCOL, Task, load_task
 from benchmarks.quality.training import FINAL, TUNING, Outcome
 
 SUMMARY_SCHEMA = 1
@@ -82,10 +82,13 @@ def _comparison(first: str, second: str, tasks: Mapping[str, Task], finals: Fina
     missing = sum(seed not in of for of in runs.values() for seed in range(seeds))
     if missing:
         return result | {"reason": f"{missing} of {len(runs) * seeds} runs are not done"}
+    # Where nothing more will come, Holm's correction counts a comparison that cannot be made as one that shows nothing.
+    result["p_value"] = 1.0
     failed = [o for of in runs.values() for o in of.values() if o.status != "ok"]
     common = [seed for seed in range(seeds) if all(of[seed].status == "ok" for of in runs.values())]
     if len(common) < 2:
-        return result | {"reason": f"{len(failed)} runs failed, which leaves {len(common)} seeds that all runs have"}
+        left = f"{len(common)} of {seeds} seeds that all runs have, and a comparison needs 2"
+        return result | {"reason": f"{len(failed)} runs failed, which leaves {left}"}
     found = asdict(compare([_paired(tasks[name], runs, first, second, common) for name in tasks]))
     result |= found | {"reason": None, "failed": len(failed)}
     result["per_task"] = [
@@ -168,11 +171,9 @@ def _arm(name: str, record, ledger: Ledger, tasks: Mapping[str, Task], finals: F
 
 def _on_task(name: str, task: Task, lrs: Sequence[float], ledger: Ledger, finals: Finals) -> dict[str, object]:
     of = [o for o in finals.get((name, task.name), {}).values() if o.status == "ok"]
-    tuning = {
-        o.trial.lr: o.score
-        for o in ledger.outcomes
-        if (o.trial.purpose, o.trial.arm, o.trial.task) == (TUNING, name, task.name)
-    }
+    tuning = mean_scores(
+        o for o in ledger.outcomes if (o.trial.purpose, o.trial.arm, o.trial.task) == (TUNING, name, task.name)
+    )
     lr = of[0].trial.lr if of else None
     target = _target(task, finals)
     reached = [next((step for step, value in o.curve if value >= target), None) for o in of] if target else []

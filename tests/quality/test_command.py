@@ -45,16 +45,19 @@ def test_a_study_is_begun_goes_on_and_ends(model, here, tmp_path, monkeypatch, c
     assert "not complete" not in err
     assert (tmp_path / "copy.json").read_bytes() == summary.read_bytes()
     lines = [json.loads(line) for line in runs.read_text().splitlines()[1:]]
-    assert [line["trial"]["purpose"] for line in lines] == ["tuning"] * 5 + ["final"] * 2
+    assert [line["trial"]["purpose"] for line in lines] == ["tuning"] * 8 + ["final"] * 2
     assert {line["status"] for line in lines} == {"ok"}
-    assert [line["trial"]["steps"] for line in lines] == [1] * 5 + [2] * 2
-    best = max(lines[:5], key=lambda line: (line["score"], -line["trial"]["lr"]))
+    assert [line["trial"]["steps"] for line in lines] == [2] * 10
+    by_lr = {line["trial"]["lr"]: [] for line in lines}
+    for line in lines[:8]:
+        by_lr[line["trial"]["lr"]].append(line)
+    best = max(by_lr, key=lambda lr: (sum(x["score"] for x in by_lr[lr]), -sum(x["losses"][-1] for x in by_lr[lr])))
     found = json.loads(summary.read_text())
     (arm,) = found["arms"]
     (of,) = arm["tasks"]
-    assert of["lr"] == best["trial"]["lr"]
-    assert of["scores"] == {str(line["trial"]["seed"]): line["score"] for line in lines[5:]}
-    assert [len(line["predictions"]) for line in lines[5:]] == [30, 30]
+    assert of["lr"] == best
+    assert of["scores"] == {str(line["trial"]["seed"]): line["score"] for line in lines[8:]}
+    assert [len(line["predictions"]) for line in lines[8:]] == [30, 30]
     assert found["primary"] is None
 
     before = runs.read_bytes(), summary.read_bytes()

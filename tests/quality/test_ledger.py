@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.harness.errors import InputError
 from benchmarks.quality.ledger import Heading, Ledger
-from benchmarks.quality.study import PROTOCOL, Study
+from benchmarks.quality.study import Study
+from benchmarks.quality.tasks import PROTOCOL
 from benchmarks.quality.training import FINAL, Outcome, Trial
 from reports.record import STATUSES, Record
 
