@@ -302,6 +302,9 @@ def _add_claim(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     claim.add_argument("--out", type=Path, required=True, metavar="DIR")
+    claim.add_argument(
+        "--quality", type=Path, metavar="SUMMARY", help="summary.json of your own study (default: the committed one)"
+    )
     claim.add_argument("--quick", action="store_true", help="RoBERTa-base alone, a minute (default: all, half an hour)")
     claim.add_argument(
         "--require",
@@ -362,7 +365,7 @@ def _equal_memory(arguments: argparse.Namespace) -> int:
 def _claim(arguments: argparse.Namespace) -> int:
     from benchmarks.claim.command import claim
 
-    return claim(arguments.out, arguments.quick, arguments.require)
+    return claim(arguments.out, arguments.quick, arguments.require, arguments.quality)
 
 
 def run_specs(arguments: argparse.Namespace) -> list:

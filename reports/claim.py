@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from reports import palette, record, sheet, tables
+from reports import palette, quality, record, sheet, tables
 from reports.figures import claim as figures
 from reports.figures.claim import definition_name
+from reports.grid import Cell, Table
 from reports.page import Illustration, encode, renderings, template
 
 Found = Mapping[str, object]
@@ -22,37 +22,12 @@ FILES = (
     ("budgets.csv", "reading 2: the largest budgets"),
     ("cards.csv", "reading 3: the largest batch, sequence and model"),
     ("sensitivity.csv", "peaks to LoRA's by condition"),
+    ("quality.csv", "the quality study: every arm's score by task and seed"),
     ("records.csv", "every prediction with its whole configuration; records.json is the same for the report command"),
 )
 VERDICT_WORDS = {"holds": "holds", "fails": "fails", "undecided": "is undecided"}
-# Kinds of cells: verdicts, and what needs less memory, or fits more, than LoRA.
-JUDGED = (*VERDICT_WORDS, "better")
 _DIRECTIONS = {"below": "below", "above": "above", "equal": "", None: ""}
 _AXES = {"batch": "Largest batch", "seq": "Longest sequence", "model": "Largest model"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell: text, a second and a third line under it, and what it is: number, missing, and any of `JUDGED`."""
-
-    text: str
-    small: str = ""
-    kind: str = ""
-    note: str = ""
-
-    @property
-    def judged(self) -> bool:
-        """Whether the cell is a verdict, or a number with a verdict on it."""
-        return any(word in JUDGED for word in self.kind.split())
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a caption; the first cell of each row is its heading, with the method's colour where it has one."""
-
-    caption: str
-    headings: Sequence[str]
-    rows: Sequence[tuple[str | None, Sequence[Cell]]]  # method, cells
 
 
 def write_page(found: Found, out: Path) -> Path:
@@ -80,7 +55,7 @@ def render(found: Found, out: Path) -> str:
         cards=_card_tables(found),
         turns=_turns_table(found),
         variations=_variation_table(found),
-        quality=_quality_table(found),
+        quality=quality.section(found["quality"], out),
         definition_name=definition_name,
         deciding=definition_name(found["deciding"]["definition"]),
         environment=[(name.replace("_", " "), tables.plain(value)) for name, value in found["environment"].items()],
@@ -400,26 +375,6 @@ def _variation_table(found: Found) -> Table:
         for method in methods
     ]
     return Table("Peak of a step to LoRA's, one thing changed at a time", ["method", *map(str, changes)], body)
-
-
-def _quality_table(found: Found) -> Table | None:
-    """The comparisons of the quality study, where there is one."""
-    cases = found["quality"]["cases"]
-    if not cases:
-        return None
-    rows = [
-        (
-            None,
-            [
-                Cell(str(row["case"])),
-                Cell(_ratio(row["figure"]), str(row["unit"]) if row["figure"] is not None else "", "number"),
-                Cell(tables.MISSING if row["low"] is None else f"{_ratio(row['low'])} to {_ratio(row['high'])}"),
-                Cell(str(row["verdict"]), str(row["reason"] or ""), str(row["verdict"])),
-            ],
-        )
-        for row in cases
-    ]
-    return Table("Is the first better than the second?", ["comparison", "difference", "interval", "verdict"], rows)
 
 
 def _ratio(value: object) -> str:

@@ -64,6 +64,7 @@ class Grid:
     left: float  # beside the first of a row, for the scale that its row shares
     above: float
     below: float
+    gap: float = 14  # between neighbours; more where each has a scale of its own
 
 
 class Sheet:
@@ -116,7 +117,7 @@ class Sheet:
                 self._panel(
                     self.pad + grid.left + index % grid.columns * cell,
                     top + heading + index // grid.columns * step + grid.above,
-                    cell - 14,
+                    cell - grid.gap,
                     grid.height,
                     grid="y",
                 )

@@ -183,7 +183,15 @@ def study(verdict, **published):
     """A summary as the study writes it: its primary endpoint undecided, the published method against LoRA as given."""
     undone = {"first": "sparsegrad-core@peak", "second": "lora", "verdict": UNDECIDED, "reason": "2 of 9 are not done"}
     done = {"first": PUBLISHED, "second": "lora", "verdict": verdict, "difference": 1.5, "low": 0.5, "high": 2.5}
-    return {"primary": undone, "secondary": [{**undone, "first": "full"}, {**done, **published}]}
+    settings = ("model", "train_size", "epochs", "batch", "longest", "train_rest", "seeds")
+    return {
+        "protocol": 2,
+        "study": dict.fromkeys(settings, 1),
+        "runs": {"settled": 1, "planned": 2, "failed": [], "hours": 0.5},
+        "arms": [],
+        "primary": undone,
+        "secondary": [{**undone, "first": "full"}, {**done, **published}],
+    }
 
 
 def test_quality_that_was_not_studied_never_passes():
@@ -202,10 +210,20 @@ def test_the_studys_verdict_is_the_published_methods_and_its_primary_endpoint_is
         "sparsegrad-core@peak minus lora: undecided, 2 of 9 are not done; "
         "sparsegrad minus lora: fails, +1.50 points (+0.50 to +2.50)"
     )
-    assert quality.judge({"primary": None, "secondary": []}).verdict == UNDECIDED
+    assert quality.judge({**study(FAILS), "primary": None, "secondary": []}).verdict == UNDECIDED
 
 
-@pytest.mark.parametrize("summary", [{}, {"primary": {}, "secondary": []}, study("splendid"), [1]])
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {},
+        {"primary": {}, "secondary": []},
+        study("splendid"),
+        [1],
+        study(HOLDS, difference="<b>"),
+        study(HOLDS, low=1e999),
+    ],
+)
 def test_what_is_no_studys_summary_is_refused(summary):
     with pytest.raises(InputError, match=r"lacks what|one of holds"):
         quality.judge(summary)
@@ -296,7 +314,7 @@ def tiny(tmp_path, monkeypatch):
         axes=("seq",),
     )
     monkeypatch.setattr(command, "QUICK", scope)
-    monkeypatch.setattr(command, "read_quality", lambda: quality.read(tmp_path / "none.json"))
+    monkeypatch.setattr(command, "SUMMARY", tmp_path / "none.json")
     return tmp_path / "out"
 
 
@@ -329,11 +347,35 @@ def test_the_quick_claim_on_a_tiny_model(tiny, capsys):
 )
 def test_exit_codes(tmp_path, monkeypatch, verdict, require, code):
     names = ("verdicts", "memory", "budgets", "cards", "sensitivity", "readings")
-    found = {"verdict": verdict, "sentence": "s", **{name: [] for name in names}}
+    found = {"verdict": verdict, "sentence": "s", "quality": {"arms": []}, **{name: [] for name in names}}
     monkeypatch.setattr(command, "gather", lambda *_: dict(found))
     monkeypatch.setattr(command, "write_page", lambda *_: tmp_path / "index.html")
     arguments = ["claim", "--out", str(tmp_path), *(["--require", require] if require else [])]
     assert cli.main(arguments) == code
+
+
+def test_a_study_of_ones_own_enters_the_claim(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(command, "gather", lambda scope, predictor, found: asked.append(found) or 1 / 0)
+    (tmp_path / "mine.json").write_text(json.dumps(study(HOLDS)))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["claim", "--quick", "--out", str(tmp_path / "out"), "--quality", str(tmp_path / "mine.json")])
+    assert asked == [study(HOLDS)]
+    for name, content in (("absent.json", None), ("broken.json", "{"), ("other.json", "[1]")):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert cli.main(["claim", "--out", str(tmp_path / "out"), "--quality", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith("sparsegrad-bench: ")
+    assert len(asked) == 1
+
+
+def test_every_final_run_is_a_row():
+    tasks = [{"task": "trec", "metric": "accuracy", "lr": 0.1, "scores": {0: 1.5, 3: 2.5}}]
+    rows = list(quality.scores([{"arm": "a", "label": "a[1]", "peak_step_bytes": 9, "tasks": tasks}]))
+    assert [(row["arm"], row["task"], row["seed"], row["score"]) for row in rows] == [
+        ("a", "trec", 0, 1.5),
+        ("a", "trec", 3, 2.5),
+    ]
 
 
 def test_a_directory_that_cannot_be_written_is_said_at_once(tmp_path, capsys):

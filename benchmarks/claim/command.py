@@ -13,7 +13,7 @@ from benchmarks.claim import equal_parameters, equal_peak, fixed_card, paper, se
 from benchmarks.claim.cases import CASES, GPU, MEMORY_TRUE, METHODS, PUBLISHED, RIVALS, ROBERTA_BASE, Case
 from benchmarks.claim.equal_parameters import AS_PRINTED, DECIDING, DEFINITIONS, MATCHED, Found
 from benchmarks.claim.predictor import Predictor
-from benchmarks.claim.quality import Quality
+from benchmarks.claim.quality import SUMMARY, Quality, scores
 from benchmarks.claim.quality import judge as judge_quality
 from benchmarks.claim.quality import read as read_quality
 from benchmarks.claim.verdict import DECIDING_TOLERANCE, FAILS, HOLDS, TOLERANCES, UNDECIDED, combine
@@ -79,11 +79,16 @@ QUICK = Scope(
 )
 
 
-def claim(out: Path, quick: bool, require: str | None = None) -> int:
-    """Write everything into `out`; 1 where a verdict is required that the claim does not have, else 0."""
+def claim(out: Path, quick: bool, require: str | None = None, study: Path | None = None) -> int:
+    """Write everything into `out`; 1 where a verdict is required that the claim does not have, else 0.
+
+    `study` is the summary of a quality study, by default the committed one, which may not exist.
+    """
+    if study is not None and not study.exists():
+        raise InputError(f"--quality {study} does not exist: give the summary.json that `quality --out` writes")
     if reason := unwritable(out / "claim.json"):
         raise InputError(f"--out {out} cannot be written: {reason}")
-    quality = read_quality()
+    quality = read_quality(study or SUMMARY)
     judge_quality(quality)  # a summary that cannot be read is said before minutes of predictions
     predictor = Predictor()
     try:
@@ -94,6 +99,7 @@ def claim(out: Path, quick: bool, require: str | None = None) -> int:
     write_bytes((json.dumps(found, indent=1, allow_nan=False) + "\n").encode(), out / "claim.json")
     for name in ("verdicts", "memory", "budgets", "cards", "sensitivity"):
         write_bytes(table(found[name]).encode(), out / f"{name}.csv")
+    write_bytes(table(list(scores(found["quality"]["arms"]))).encode(), out / "quality.csv")
     write_bytes(to_csv(predictor.records).encode("utf-8", "replace"), out / "records.csv")
     page = write_page(found, out)
     say(f"the claim {found['verdict']}: {found['sentence']}")
@@ -149,7 +155,7 @@ def gather(scope: Scope, predictor: Predictor, quality: Mapping[str, object] | N
         "verdict": verdict,
         "sentence": _sentence(readings, known),
         "readings": readings,
-        "quality": {**asdict(known), "cases": list(known.cases)},
+        "quality": asdict(known),
         "deciding": {"method": PUBLISHED, "definition": DECIDING, "tolerance": DECIDING_TOLERANCE},
         "tolerances": list(TOLERANCES),
         "definitions": {name: meaning(name) for name in DEFINITIONS},

@@ -4,15 +4,18 @@ The study fine-tunes methods for real, at LoRA's peak memory and at LoRA's numbe
 docs/quality-protocol.md; its committed summary is `benchmarks/reference/quality/summary.json`, as
 `benchmarks/quality/summary.py` writes it. Read of it are `primary` and `secondary`: comparisons of two arms (`first`,
 `second`), each with a `verdict` (holds where the first is better) and, once all its runs are done, the `difference` in
-points with its interval, `low` to `high`; otherwise a `reason`.
+points with its interval, `low` to `high`; otherwise a `reason`. And `arms`: what each scored on which task, in how much
+memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_low
 
 from benchmarks.claim.cases import PUBLISHED
 from benchmarks.claim.verdict import UNDECIDED, VERDICTS
@@ -28,16 +31,35 @@ class Quality:
     """What is known of quality; `studied` False is the absence of a study, and never a pass.
 
     `verdict` is on SparseGrad as published against LoRA, `sentence` says that and the study's primary endpoint, without
-    a full stop, and `cases` are all comparisons, flat.
+    a full stop, and `cases` are all comparisons, flat. `arms` are what took part, and `facts` say how it was run.
     """
 
     verdict: str
     sentence: str
     studied: bool
     cases: tuple[dict[str, object], ...] = ()
+    arms: tuple[dict[str, object], ...] = ()
+    facts: dict[str, object] = field(default_factory=dict)
 
 
-def read(path: Path = SUMMARY) -> dict[str, object] | None:
+def scores(arms: Iterable[Mapping[str, object]]) -> Iterator[dict[str, object]]:
+    """Every final run's score as a flat row."""
+    for arm in arms:
+        for of in arm["tasks"]:
+            for seed, score in of["scores"].items():
+                yield {
+                    "arm": arm["arm"],
+                    "label": arm["label"],
+                    "peak_step_bytes": arm["peak_step_bytes"],
+                    "task": of["task"],
+                    "metric": of["metric"],
+                    "lr": of["lr"],
+                    "seed": seed,
+                    "score": score,
+                }
+
+
+def read(path: Path) -> dict[str, object] | None:
     """The study's summary; None where there is none. Raises `InputError` where it cannot be read."""
     if not path.exists():
         return None
@@ -54,13 +76,17 @@ def judge(quality: Mapping[str, object] | None) -> Quality:
     try:
         primary = quality["primary"]
         cases = tuple(_case(each) for each in ([] if primary is None else [primary]) + list(quality["secondary"]))
-    except (KeyError, TypeError) as error:
+        arms = tuple(_arm(each) for each in quality["arms"])
+        facts = _facts(quality)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"the quality study's summary lacks what the claim reads of it: {error!r}") from error
     published = next((case for case in cases if (case["first"], case["second"]) == (PUBLISHED, "lora")), None)
     said = [_words(case) for case in ([] if primary is None else [cases[0]]) + ([published] if published else [])]
     if published is None:
         said.append("SparseGrad as published was not compared with LoRA")
-    return Quality(published["verdict"] if published else UNDECIDED, "; ".join(said), True, cases)
+    return Quality(published["verdict"] if published else UNDECIDED, "; ".join(said), True, cases, arms, facts)
 
 
 def _case(comparison: Mapping[str, object]) -> dict[str, object]:
@@ -71,12 +97,76 @@ def _case(comparison: Mapping[str, object]) -> dict[str, object]:
         "second": comparison["second"],
         "case": f"{comparison['first']} minus {comparison['second']}",
         "verdict": comparison["verdict"],
-        "figure": comparison.get("difference"),
-        "low": comparison.get("low"),
-        "high": comparison.get("high"),
+        "figure": _number(comparison.get("difference")),
+        "low": _number(comparison.get("low")),
+        "high": _number(comparison.get("high")),
         "unit": UNITS,
+        "p_holm": _number(comparison.get("p_holm")),
+        "detectable": _number(comparison.get("detectable")),
+        "seeds_to_decide": _number(comparison.get("seeds_to_decide")),
+        "equivalent": comparison.get("equivalent"),
+        "per_task": [
+            {"task": str(row["task"]), **{name: _number(row[name]) for name in ("difference", "low", "high")}}
+            for row in comparison.get("per_task", ())
+        ],
         "reason": comparison.get("reason"),
     }
+
+
+def _arm(arm: Mapping[str, object]) -> dict[str, object]:
+    mean = arm["mean"] or {}
+    return {
+        "arm": str(arm["arm"]),
+        "method": str(arm["method"]),
+        "label": str(arm["label"]),
+        "matched": str(arm["matched"]),
+        "trainable_params": _number(arm["trainable_params"]),
+        "peak_step_bytes": int(arm["peak_step_bytes"]),
+        "mean": _number(mean.get("score")),
+        "low": _number(mean.get("low")),
+        "high": _number(mean.get("high")),
+        "tasks": [_on_task(of) for of in arm["tasks"]],
+    }
+
+
+def _on_task(of: Mapping[str, object]) -> dict[str, object]:
+    reached = [None if step is None else int(step) for step in of["steps_to_target"]]
+    return {
+        "task": str(of["task"]),
+        "metric": str(of["metric"]),
+        "score": _number(of["score"]),
+        "scores": {int(seed): _number(score) for seed, score in of["scores"].items()},
+        "lr": _number(of["lr"]),
+        "lr_at_edge": bool(of["lr_at_edge"]),
+        "losses": [float(loss) for loss in of["losses"]],
+        "reached": sum(step is not None for step in reached),
+        # The median run; one that does not get there is slower than any that does.
+        "steps_to_target": _finite(median_low([math.inf if step is None else step for step in reached] or [math.inf])),
+    }
+
+
+def _facts(quality: Mapping[str, object]) -> dict[str, object]:
+    study, runs = quality["study"], quality["runs"]
+    return {
+        "protocol": int(quality["protocol"]),
+        **{name: study[name] for name in ("model", "train_size", "epochs", "batch", "longest", "train_rest", "seeds")},
+        "runs": int(runs["settled"]),
+        "planned": int(runs["planned"]),
+        "failed": len(runs["failed"]),
+        "hours": float(runs["hours"]),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} stands where a number must be")
+    return value
 
 
 def _words(case: Mapping[str, object]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.statistics import LEVEL, Paired, Runs, compare, holm, mean_interval
-from benchmarks.quality.study import PRIMARY, mean_scores, trials
+from benchmarks.quality.study import ARMS, PRIMARY, mean_scores, trials
 from benchmarks.quality.tasks import PROTOCOL, Task, load_task
 from benchmarks.quality.training import FINAL, TUNING, Outcome
 
@@ -159,6 +159,7 @@ def _arm(name: str, record, ledger: Ledger, tasks: Mapping[str, Task], finals: F
         "label": record.label,
         "method": record.method,
         "budget": record.budget,
+        "matched": ARMS[name].matched,
         "budget_params": record.budget_params,
         "trainable_params": record.trainable_params,
         "peak_step_bytes": record.peak_step_bytes,

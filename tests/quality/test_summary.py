@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.claim.quality import judge
 from benchmarks.harness.text import Example, TextData
 from benchmarks.quality import summary as module
 from benchmarks.quality.ledger import Heading, Ledger
@@ -340,8 +341,12 @@ def test_a_summary_is_json_at_every_moment(begun):
         nonlocal count
         count += 1
         if count % 7 == 0:
-            json.dumps(summarise(begun), allow_nan=False)
+            text = json.dumps(summarise(begun), allow_nan=False)
             table(summarise(begun))
+            judged = judge(json.loads(text))  # what the claim reads of it
+            assert {arm["arm"] for arm in judged.arms} == set(STUDY.arms)
+            if judged.cases[0]["figure"] is None:
+                assert "runs are not done" in judged.sentence
 
     run(begun, special=check)
     text = json.dumps(summarise(begun), allow_nan=False)

@@ -11,8 +11,11 @@ from reports.figures import claim as figures
 
 MIB = 2**20
 DEFINITIONS = {"resident_bytes": "live after a step", "peak_step_bytes": "the largest of the three phases"}
-UNIT = {"unit": "points"}
-NOT_DONE = {"reason": "3 of 9 runs are not done"}
+COMPARISON = {
+    **dict.fromkeys(("figure", "low", "high", "p_holm", "detectable", "seeds_to_decide", "equivalent", "reason")),
+    "unit": "points",
+    "per_task": [],
+}
 HOSTILE = "<script>alert(1)</script>\"'&</td>{{ 7 * 7 }}"
 
 
@@ -141,6 +144,8 @@ def found():
                 "sentence": "quality is not studied yet",
                 "studied": False,
                 "cases": [],
+                "arms": [],
+                "facts": {},
             },
             "deciding": {"method": "sparsegrad", "definition": "peak_step_bytes", "tolerance": 0.02},
             "tolerances": [0.02],
@@ -250,26 +255,21 @@ def test_quality_that_was_not_studied_says_so_and_is_no_pass(found, tmp_path):
     text = text_of(page(found, tmp_path))
     assert "Quality: not studied yet" in text
     assert "Quality is not studied yet." in text
-    found["quality"] = {
+    known = {"figure": 0.5, "low": 0.1, "high": 0.9, "p_holm": 0.01, "detectable": 0.3}
+    found["quality"] |= {
         "verdict": "holds",
         "sentence": "it is better",
         "studied": True,
         "cases": [
-            {"case": "a minus b", "verdict": "holds", "figure": 0.5, "low": 0.1, "high": 0.9, **UNIT, "reason": None},
-            {
-                "case": "c minus b",
-                "verdict": "undecided",
-                **dict.fromkeys(("figure", "low", "high")),
-                **UNIT,
-                **NOT_DONE,
-            },
+            {**COMPARISON, "case": "a minus b", "verdict": "holds", **known},
+            {**COMPARISON, "case": "c minus b", "verdict": "undecided", "reason": "3 of 9 runs are not done"},
         ],
     }
     text = text_of(page(found, tmp_path))
     assert "Quality: SparseGrad as published against LoRA holds" in text
     assert "not studied yet" not in text
-    assert "a minus b 0.500 points 0.100 to 0.900 holds" in text
-    assert "c minus b — — undecided 3 of 9 runs are not done" in text
+    assert "a minus b the primary endpoint +0.50 points +0.10 to +0.90 0.0100 0.30 holds" in text
+    assert "c minus b — — — — undecided 3 of 9 runs are not done" in text
 
 
 def test_the_papers_numbers_stand_beside_ours(found, tmp_path):
@@ -313,8 +313,7 @@ def test_what_comes_from_a_file_is_escaped(found, tmp_path):
             return [poisoned(each) for each in value]
         return HOSTILE if isinstance(value, str) else value
 
-    blank = dict.fromkeys(("figure", "low", "high"))
-    found["quality"] |= {"studied": True, "cases": [{"case": "x", "verdict": "holds", **blank, **UNIT, **NOT_DONE}]}
+    found["quality"] |= {"studied": True, "cases": [{**COMPARISON, "case": "x", "verdict": "holds", "reason": "y"}]}
     html = page(poisoned(found), tmp_path)
     assert "<script" not in html
     assert "</td>{{" not in html
