@@ -26,6 +26,8 @@ OK, USAGE = 0, 2
 PREDICTED_DEVICES = ("cuda", "cpu")
 ATTENTIONS = ("eager", "sdpa", "sdpa-efficient", "sdpa-flash")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
+# Options of `quality` that do not go with --space.
+STUDYS_OWN = ("jobs", "minutes", "time_limit", "arms", "seeds")
 
 RUN_EXAMPLES = """examples:
   sparsegrad-bench run --model minilm-l6 --methods full,lora[7],sparsegrad --equal-trainable lora[7] --json -
@@ -47,6 +49,7 @@ QUALITY_EXAMPLES = """examples:
   sparsegrad-bench quality --out study --jobs 2 --minutes 60 --json summary.json
   sparsegrad-bench quality --out small --tasks trec,amazon --arms lora,sparsegrad-core@peak --train-size 100 --epochs 15
   sparsegrad-bench quality --out glue --model google-bert/bert-base-uncased --tasks glue/rte,glue/mrpc --hub
+  sparsegrad-bench quality --space --out space --json -
 """
 CLAIM_EXAMPLES = """examples:
   sparsegrad-bench claim --out claim
@@ -259,7 +262,9 @@ def _add_quality(commands) -> None:
         description="Run the quality study: every arm (a method at LoRA's peak memory or with as many parameters)\n"
         "on every task, with learning rates tuned alike, by the protocol in docs/quality-protocol.md.\n\n"
         "Each run is kept in DIR/runs.jsonl as it ends; the same command goes on where an earlier one was cut off.\n"
-        "DIR/summary.json says what is known so far. What is not given is the core study's: hours on two cores.",
+        "DIR/summary.json says what is known so far. What is not given is the core study's: hours on two cores.\n\n"
+        "With --space no methods are compared: DIR/space.json says how much of held-out MLP gradients their largest\n"
+        "entries hold, in SparseGrad's basis and without it, and which rows of dL/dY are zero. Minutes on one core.",
         epilog=QUALITY_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -271,8 +276,7 @@ def _add_quality(commands) -> None:
     quality.add_argument(
         "--tasks",
         type=several(str),
-        default="trec,trec-fine,movie-sentiment,amazon,nyt,tweets",
-        help="packaged data sets, or glue/TASK with --hub (default: the core study's six)",
+        help="packaged data sets, or glue/TASK with --hub (default: the core study's six; with --space trec,amazon)",
     )
     quality.add_argument("--arms", default="core", help="core (default), extended, or names separated by commas")
     quality.add_argument(
@@ -283,6 +287,7 @@ def _add_quality(commands) -> None:
     quality.add_argument("--train-rest", choices=("all", "none"), default="none")
     quality.add_argument("--hub", action="store_true", help="allow downloads from the Hugging Face hub")
     quality.add_argument("--json", metavar="PATH|-", default="-", help="where the summary goes too (default: -)")
+    quality.add_argument("--space", action="store_true", help="measure the gradients' sparsity instead")
     quality.set_defaults(handler=_quality)
 
 
@@ -414,10 +419,26 @@ def _snapshot_of(spec: RunSpec) -> str:
 
 
 def _quality(arguments: argparse.Namespace) -> int:
-    from benchmarks.quality.command import quality_command
+    if arguments.space:
+        from benchmarks.quality.space import space_command
 
-    quality_command(arguments)
+        _refuse_of_study(arguments)
+        space_command(arguments)
+    else:
+        from benchmarks.quality.command import quality_command
+
+        quality_command(arguments)
     return OK
+
+
+def _refuse_of_study(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` for an option of the study beside `--space`: it would change nothing."""
+    from benchmarks.harness.errors import InputError
+
+    default = parser().parse_args(["quality", "--out", "."])
+    for name in STUDYS_OWN:
+        if getattr(arguments, name) != getattr(default, name):
+            raise InputError(f"--{name.replace('_', '-')} is of the study, which --space does not run: leave it out")
 
 
 def _report(arguments: argparse.Namespace) -> int:

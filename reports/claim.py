@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from reports import palette, quality, record, sheet, tables
+from reports import palette, quality, record, sheet, space, tables
+from reports.cells import Cell, Table
 from reports.figures import claim as figures
 from reports.figures.claim import definition_name
-from reports.grid import Cell, Table
 from reports.page import Illustration, encode, renderings, template
 
 Found = Mapping[str, object]
@@ -56,6 +56,8 @@ def render(found: Found, out: Path) -> str:
         turns=_turns_table(found),
         variations=_variation_table(found),
         quality=quality.section(found["quality"], out),
+        space=space.section(found.get("space"), out),
+        space_files=space.FILES,
         definition_name=definition_name,
         deciding=definition_name(found["deciding"]["definition"]),
         environment=[(name.replace("_", " "), tables.plain(value)) for name, value in found["environment"].items()],

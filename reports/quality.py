@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reports import sheet, tables
+from reports.cells import Cell, Table
 from reports.figures import quality as figures
-from reports.grid import Cell, Table
 from reports.page import Illustration, renderings
 
 Found = Mapping[str, object]

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
+from html import unescape
 
 import pytest
 
@@ -336,6 +338,13 @@ def test_the_quick_claim_on_a_tiny_model(tiny, capsys):
     assert {row["number"] for row in found["cards"]} == {40}
     assert all(row["longest"] for row in found["cards"])
     assert "not studied yet" in (tiny / "index.html").read_text()
+    page = (tiny / "index.html").read_text()
+    assert all(finding in unescape(page) for finding in found["space"]["findings"])
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for name in ("space-energy.csv", "space-zero-rows.csv"):
+        assert f'href="{name}"' in page
+        assert (tiny / name).exists()
     err = capsys.readouterr().err
     assert f"the claim {found['verdict']}" in err
     assert "reading 3, Fixed card: holds" in err

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +14,14 @@ from benchmarks.claim.predictor import Predictor
 from benchmarks.claim.quality import SUMMARY, Quality, scores
 from benchmarks.claim.quality import judge as judge_quality
 from benchmarks.claim.quality import read as read_quality
+from benchmarks.claim.space import judge as judge_space
+from benchmarks.claim.space import read as read_space
 from benchmarks.claim.verdict import DECIDING_TOLERANCE, FAILS, HOLDS, TOLERANCES, UNDECIDED, combine
 from benchmarks.collect import say
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
+from benchmarks.quality.space import csv_files as space_tables
+from benchmarks.rows import table
 from reports.capacity import CARDS
 from reports.claim import write_page
 from reports.record import Record, meaning, to_csv, unwritable, write, write_bytes
@@ -90,16 +92,20 @@ def claim(out: Path, quick: bool, require: str | None = None, study: Path | None
         raise InputError(f"--out {out} cannot be written: {reason}")
     quality = read_quality(study or SUMMARY)
     judge_quality(quality)  # a summary that cannot be read is said before minutes of predictions
+    space = judge_space(read_space())
     predictor = Predictor()
     try:
         found = gather(QUICK if quick else FULL, predictor, quality)
     finally:
         write(predictor.records, out / "records.json")
-    found["quick"] = quick
+    found |= {"quick": quick, "space": space}
     write_bytes((json.dumps(found, indent=1, allow_nan=False) + "\n").encode(), out / "claim.json")
     for name in ("verdicts", "memory", "budgets", "cards", "sensitivity"):
         write_bytes(table(found[name]).encode(), out / f"{name}.csv")
     write_bytes(table(list(scores(found["quality"]["arms"]))).encode(), out / "quality.csv")
+    if space is not None:
+        for name, text in space_tables(space).items():
+            write_bytes(text.encode(), out / name)
     write_bytes(to_csv(predictor.records).encode("utf-8", "replace"), out / "records.csv")
     page = write_page(found, out)
     say(f"the claim {found['verdict']}: {found['sentence']}")
@@ -110,7 +116,7 @@ def claim(out: Path, quick: bool, require: str | None = None, study: Path | None
 
 
 def gather(scope: Scope, predictor: Predictor, quality: Mapping[str, object] | None) -> dict[str, object]:
-    """All that `claim.json` holds but `quick`; `quality` is the quality study's summary, None where there is none."""
+    """All that `claim.json` holds but `quick` and `space`; `quality` is the study's summary, or None."""
     known = judge_quality(quality)
     found: list[list[Found]] = []
     for case in scope.cases:
@@ -375,24 +381,3 @@ def _arithmetic(found: Sequence[Found]) -> dict[str, object]:
         "how": f"on {layers} layers, rank {case.rank} is {lora.budget_params // layers:,} parameters a layer on "
         f"average, and SparseGrad keeps {case.kept:,} entries",
     }
-
-
-def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as CSV; mappings within a row become columns of their own."""
-    flat = [_flat(row) for row in rows]
-    stream = io.StringIO()
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return stream.getvalue()
-
-
-def _flat(row: Mapping[str, object]) -> dict[str, object]:
-    flat = {}
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}_{name}" if name != "bytes" else key: each for key, each in value.items()}
-        else:
-            flat[name] = value
-    return flat

@@ -80,6 +80,8 @@ _CHOOSE = "give its settings, or another --out"
 def study_of(arguments: argparse.Namespace) -> Study:
     """The study that a command line asks for. Raises `InputError`."""
     given = {f.name: getattr(arguments, f.name) for f in fields(Study) if hasattr(arguments, f.name)}
+    if arguments.tasks is None:
+        del given["tasks"]
     arms = ARM_SETS.get(arguments.arms) or tuple(part.strip() for part in arguments.arms.split(","))
     return Study(**given | {"arms": arms})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
@@ -142,7 +143,7 @@ def run(trial: Trial) -> Outcome:
     preparation_time_s = time.perf_counter() - before
     trainable_params = method.counts(model, shapes).trainable_params
     state = ready(spec, workload, method, model)
-    schedules = [LambdaLR(optimizer, _schedule(trial.steps)) for optimizer in state.optimizers]
+    schedules = [LambdaLR(optimizer, rate_factor(trial.steps)) for optimizer in state.optimizers]
 
     batches, losses, curve = workload.batches(), [], []
     marks = {round(trial.steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
@@ -183,6 +184,7 @@ def _means(losses: list[float]) -> tuple[float, ...]:
     return tuple(sum(losses[a:b]) / (b - a) for a, b in pairwise(edges))
 
 
-def _schedule(steps: int):
+def rate_factor(steps: int) -> Callable[[int], float]:
+    """Step from 0 -> share of the learning rate: up over the first `WARM_UP_SHARE`, then down to zero."""
     warm_up = max(1, round(WARM_UP_SHARE * steps))
     return lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up), 1.0)

@@ -212,6 +212,7 @@ def test_the_verdict_comes_first_with_the_three_readings(found, tmp_path):
     head = html[html.index("<header>") : html.index("</header>")]
     assert "The claim fails" in head
     assert "It is not so." in head
+    assert "Not measured: sparsegrad-bench quality --space" in text_of(html)
     for number, word in ((1, "fails"), (2, "undecided"), (3, "holds")):
         assert re.search(rf'<li class="{word}">\s*<h2><a href="#reading-{number}">', head)
         assert f"figure {number}" in head

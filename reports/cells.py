@@ -1,4 +1,4 @@
-"""Tables of a page whose cells carry a verdict: what the templates print them from."""
+"""What the tables of the claim's page are made of."""
 
 from __future__ import annotations
 
