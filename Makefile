@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= results
+TEST_JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -24,8 +25,9 @@ bench: $(VENV)/.complete
 	$(BIN)/sparsegrad-bench report $(OUT)/benchmark.json --out $(OUT) && \
 	$(BIN)/sparsegrad-bench claim --quick --out $(OUT)/claim && exit $$status
 
+# Files of tests spread over two processes, each of one thread where a test does not ask for more.
 test: $(VENV)/.complete
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

@@ -125,6 +125,12 @@ class Bench:
         return {entry["extra_info"]["method"]: entry for entry in json.loads(self.out.read_text())["benchmarks"]}
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """The suites that tests start are not part of a run that is spread over processes, though the tests may be."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def bench(tmp_path):
     return Bench(tmp_path)
