@@ -56,47 +56,41 @@ def _facts(facts: Found) -> str:
 
 
 def _figures(arms: Rows, out: Path) -> list[Illustration]:
-    drawn = []
-    if figures.known(arms):
-        title = "Score at its price: the mean over the tasks against the peak of a step"
-        drawn.append(
-            _illustration(
-                figures.draw_scores,
-                figures.describe_scores,
-                title,
-                arms,
-                out / "quality.png",
-                "Each mark is an arm of the study: how well it does on the test examples, as a mean over tasks and "
-                "seeds, and what a step of it needs at its peak. Bars are 95 % intervals of that mean; what two arms "
-                "share of the error is in both, so a difference is judged by the comparisons below and not by whether "
-                "bars overlap. Hollow marks have LoRA's number of parameters, filled ones of the same shape LoRA's "
-                "peak. Arms with one peak stand side by side.",
-            )
-        )
-    if any(of["score"] is not None for arm in arms for of in arm["tasks"]):
-        drawn.append(
-            _illustration(
-                figures.draw_tasks,
-                figures.describe_tasks,
-                "Score against the peak of a step, task by task",
-                arms,
-                out / "quality-tasks.png",
-                "The same for each task. Bars reach from the lowest to the highest seed. An arrow names what lies far "
-                "below.",
-            )
-        )
-        drawn.append(
-            _illustration(
-                figures.draw_losses,
-                figures.describe_losses,
-                "Training loss over the steps",
-                arms,
-                out / "quality-losses.png",
-                "The loss on the training examples at the learning rate that was tuned, each mark the mean of a tenth "
-                "of the steps and of all seeds. Ratings are standardised, so that 1 is what the mean alone would have.",
-            )
-        )
-    return drawn
+    if not figures.known(arms):
+        return []
+    return [
+        _illustration(
+            figures.draw_scores,
+            figures.describe_scores,
+            "Score at its price: the mean over the tasks against the peak of a step",
+            arms,
+            out / "quality.png",
+            "Each mark is an arm of the study: how well it does on the test examples, as a mean over tasks and "
+            "seeds, and what a step of it needs at its peak. Bars are 95 % intervals of that mean; what two arms "
+            "share of the error is in both, so a difference is judged by the comparisons below and not by whether "
+            "bars overlap. Hollow marks have LoRA's number of parameters, filled ones of the same shape LoRA's "
+            "peak. Arms with one peak stand side by side. Arms are drawn when all their runs are done.",
+        ),
+        _illustration(
+            figures.draw_tasks,
+            figures.describe_tasks,
+            "Score against the peak of a step, task by task",
+            arms,
+            out / "quality-tasks.png",
+            "The same for each task. Bars reach from the lowest to the highest seed. An arrow names what lies far "
+            "below.",
+        ),
+        _illustration(
+            figures.draw_losses,
+            figures.describe_losses,
+            "Training loss over the steps",
+            arms,
+            out / "quality-losses.png",
+            "The loss on the training examples at the learning rate that was tuned, each mark the mean of a tenth "
+            "of the steps and of all seeds. Ratings are standardised, so that 1 is what the mean alone would "
+            "have.",
+        ),
+    ]
 
 
 def _illustration(draw: Callable, describe: Callable, title: str, arms: Rows, path: Path, caption: str) -> Illustration:
@@ -157,7 +151,7 @@ def _scores(arms: Rows) -> Table:
             Cell(str(arm["arm"]), str(arm["label"]) if arm["label"] != arm["arm"] else ""),
             Cell(tables.mib(arm["peak_step_bytes"]), kind="number"),
             Cell(tables.count(arm["trainable_params"]), kind="number"),
-            *(_score(of_task[task]) for task in tasks),
+            *(_score(of_task[task], complete=arm["mean"] is not None) for task in tasks),
             Cell(_points(arm["mean"]), _interval(arm) if arm["mean"] is not None else "", "number"),
         ]
         rows.append((arm["method"], cells))
@@ -165,11 +159,13 @@ def _scores(arms: Rows) -> Table:
     return Table("Scores in points: accuracy in %, correlation times 100", headings, rows)
 
 
-def _score(of: Found) -> Cell:
+def _score(of: Found, complete: bool) -> Cell:
     if of["score"] is None:
         return Cell(tables.MISSING, kind="missing")
     edge = ", the edge of what was tried" if of["lr_at_edge"] else ""
-    return Cell(_points(of["score"]), f"learning rate {of['lr']:g}{edge}", "number")
+    seeds = len(of["scores"])
+    so_far = "" if complete else f"{seeds} seed{'s' * (seeds != 1)} so far"
+    return Cell(_points(of["score"]), f"learning rate {of['lr']:g}{edge}", "number", so_far)
 
 
 def _learning(arms: Rows) -> Table:

@@ -110,7 +110,8 @@ def test_bases_of_the_start_and_new_ones_when_training_ends():
         "0.90 (t, full), 1.40 (t, sparsegrad) in those of the start, and 1.20 to 1.50 in bases" in found["findings"][3]
     )
     assert (
-        "in 1 of 2 cases with the bases of the start, as the method has them, and in 1 of 2 with" in found["sentence"]
+        "in 1 of 2 cases with the bases of the start, which are those that the method has, and in 1 of 2 with"
+        in found["sentence"]
     )
 
 

@@ -189,14 +189,12 @@ def _ends(targets: Rows) -> list[Mapping[str, object]]:
 def _in_short(targets: Rows) -> str:
     """Where the target is met, in a sentence."""
     start, ends = _select(targets, training=NOT_TRAINED), _ends(targets)
-    said = (
-        f"Before training, on {sum(row['met'] for row in start)} of {len(start)} tasks, if the target below decides it"
-    )
+    said = f"By the target below it does on {sum(row['met'] for row in start)} of {len(start)} tasks before training"
     if ends:
         met, anew = (sum(row[name] for row in ends) for name in ("met", "anew_meets"))
         said += (
-            f"; at the end of training in {met} of {len(ends)} cases with the bases of the start, as the method has "
-            f"them, and in {anew} of {len(ends)} with new ones"
+            f"; at the end of training in {met} of {len(ends)} cases with the bases of the start, which are those that "
+            f"the method has, and in {anew} of {len(ends)} with new ones"
         )
     return f"{said}."
 

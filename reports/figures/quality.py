@@ -25,6 +25,8 @@ MIB = 2**20
 METRICS = {"accuracy": "accuracy, %", "pearson": "correlation x 100"}
 # Arms whose peaks differ by less than this share stand side by side: they would hide each other.
 SAME_PEAK = 0.02
+# The axis of memory spans at least this share of the largest peak: a small difference looks small.
+LEAST_SPAN = 0.4
 # An arm this many times the others' range below them is named at the edge and does not squeeze them together.
 _FAR = 0.75
 
@@ -87,8 +89,7 @@ def describe_scores(title: str, arms: Arms) -> str:
 
 def draw_tasks(title: str, arms: Arms, layout: Layout = WIDE) -> Sheet:
     """Scores against the peak of a step, a panel a task: the mean over seeds and the range of the seeds."""
-    tasks = _tasks(arms)
-    shown = [arm for arm in arms if any(of["score"] is not None for of in arm["tasks"])]
+    tasks, shown = _tasks(arms), known(arms)
     sheet = Sheet(title, _legend(shown), layout)
     axes = sheet.add_grid({"mean and range of the seeds": len(tasks)}, _small(len(tasks), layout))
     places = _places(shown)
@@ -97,17 +98,15 @@ def draw_tasks(title: str, arms: Arms, layout: Layout = WIDE) -> Sheet:
         _memory_axis(ax, shown, places)
         of_task = [_of(arm, task) for arm in shown]
         spans = [_span(of) for of in of_task]
-        lowest = _score_axis(ax, [span for span in spans if span is not None])
+        lowest = _score_axis(ax, spans)
         if index % _columns(len(tasks), layout) == 0:
             ax.set_ylabel("score, points")
         for arm, x, span in zip(shown, places, spans, strict=True):
-            if span is None:
-                continue
             if span[1] < lowest:
                 _at_the_edge(ax, arm, x, span[1], layout)
                 continue
             look = {"color": method_colour(str(arm["method"])), "linewidth": 1.2, "zorder": 2}
-            ax.plot([x, x], [max(span[0], lowest), span[2]], **look)
+            ax.plot([x, x], [span[0], span[2]], **look)
             ax.plot([x], [span[1]], markersize=points(8), zorder=3, **_mark(arm))
     return sheet
 
@@ -116,16 +115,14 @@ def describe_tasks(title: str, arms: Arms) -> str:
     """What `draw_tasks` shows, in words."""
     parts = []
     for task, _ in _tasks(arms):
-        scores = [(arm["arm"], _of(arm, task)["score"]) for arm in arms]
-        said = ", ".join(f"{name} {score:.1f}" for name, score in scores if score is not None)
-        parts.append(f"{task}: {said or 'nothing yet'}")
+        said = ", ".join(f"{arm['arm']} {_of(arm, task)['score']:.1f}" for arm in known(arms))
+        parts.append(f"{task}: {said}")
     return f"{title}, scatter plots. {'; '.join(parts)}."
 
 
 def draw_losses(title: str, arms: Arms, layout: Layout = WIDE) -> Sheet:
     """The training loss over the steps, a panel a task: means over the seeds of each tenth of the steps."""
-    tasks = _tasks(arms)
-    shown = [arm for arm in arms if any(of["losses"] for of in arm["tasks"])]
+    tasks, shown = _tasks(arms), known(arms)
     legend = [Line2D([], [], label=str(arm["arm"]), linewidth=1.4, markersize=points(7), **_line(arm)) for arm in shown]
     sheet = Sheet(title, legend, layout)
     axes = sheet.add_grid({"lower has fitted the training examples better": len(tasks)}, _small(len(tasks), layout))
@@ -147,9 +144,8 @@ def describe_losses(title: str, arms: Arms) -> str:
     """What `draw_losses` shows, in words: where each arm ends."""
     parts = []
     for task, _ in _tasks(arms):
-        ends = [(arm["arm"], _of(arm, task)["losses"]) for arm in arms]
-        said = ", ".join(f"{name} {losses[-1]:.2f}" for name, losses in ends if losses)
-        parts.append(f"{task}: {said or 'nothing yet'}")
+        said = ", ".join(f"{arm['arm']} {_of(arm, task)['losses'][-1]:.2f}" for arm in known(arms))
+        parts.append(f"{task}: {said}")
     return f"{title}, lines. In the last part of the steps: {'; '.join(parts)}."
 
 
@@ -180,10 +176,9 @@ def _of(arm: Mapping[str, object], task: str) -> Mapping[str, object]:
     return next(of for of in arm["tasks"] if of["task"] == task)
 
 
-def _span(of: Mapping[str, object]) -> tuple[float, float, float] | None:
+def _span(of: Mapping[str, object]) -> tuple[float, float, float]:
     """The lowest, the mean and the highest score over the seeds."""
-    scores = list(of["scores"].values())
-    return (min(scores), of["score"], max(scores)) if scores else None
+    return min(of["scores"].values()), of["score"], max(of["scores"].values())
 
 
 def _order(arm: Mapping[str, object]) -> tuple:
@@ -218,7 +213,7 @@ def _places(arms: Arms) -> list[float]:
     peaks = [arm["peak_step_bytes"] / MIB for arm in arms]
     if not peaks:
         return []
-    step = 0.018 * (max(peaks) - min(peaks) or max(peaks))
+    step = 0.018 * max(max(peaks) - min(peaks), LEAST_SPAN * max(peaks))
     order = sorted(range(len(arms)), key=lambda i: (peaks[i], _order(arms[i])))
     places, group = [0.0] * len(arms), [order[0]]
     for index in [*order[1:], None]:
@@ -233,7 +228,8 @@ def _places(arms: Arms) -> list[float]:
 
 def _memory_axis(ax: Axes, arms: Arms, places: Sequence[float]) -> None:
     low, high = min(places, default=0.0), max(places, default=1.0)
-    margin = 0.06 * (high - low or high)
+    missing = max(0.0, LEAST_SPAN * high - (high - low))
+    margin = 0.06 * (high - low) + missing / 2
     ax.set_xlim(low - margin, high + margin)
     ax.set_xlabel("peak of a step, MiB")
     ax.xaxis.set_major_locator(MaxNLocator(6))

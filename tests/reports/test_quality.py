@@ -38,7 +38,10 @@ def arm(name, peak_mib, mean, matched="parameters", **fields):
         "mean": mean,
         "low": None if mean is None else mean - 1,
         "high": None if mean is None else mean + 1,
-        "tasks": [on_task("questions", [] if mean is None else [mean - 2, mean + 4]), on_task("ratings", [])],
+        "tasks": [
+            on_task("questions", [] if mean is None else [mean - 2, mean + 4]),
+            on_task("ratings", [] if mean is None else [mean - 3, mean + 1]),
+        ],
     }
     return row | fields
 
@@ -137,15 +140,16 @@ def test_scores_with_their_rates(study, tmp_path):
     ]
     found = rows(table)
     edge = "71.0 learning rate 0.001, the edge of what was tried"
-    assert found["lora"] == ["100.00", "1,234", edge, "—", "70.0 69.0 to 71.0"]
+    assert found["lora"] == ["100.00", "1,234", edge, "69.0 learning rate 0.001", "70.0 69.0 to 71.0"]
     assert found["late"] == ["90.00", "1,234", "—", "—", "—"]
 
 
 def test_steps_to_the_target(study, tmp_path):
     study["arms"][0]["tasks"][0] |= {"reached": 1, "steps_to_target": 30}
     found = rows(quality.section(study, tmp_path).learning)
-    assert found["lora"] == ["30 reached by 1 of 2 runs", "—"]
-    assert found["full"] == ["not reached reached by 0 of 2 runs", "—"]
+    assert found["lora"][0] == "30 reached by 1 of 2 runs"
+    assert found["full"] == ["not reached reached by 0 of 2 runs"] * 2
+    assert found["late"] == ["—", "—"]
 
 
 def test_how_the_study_was_run(study, tmp_path):
@@ -212,12 +216,41 @@ def test_an_arm_far_below_is_named_at_the_edge(study, layout):
     assert sorted(bars) == [[68.0, 70.0], [69.0, 71.0], [72.0, 74.0]]
 
 
+def test_bars_reach_from_the_lowest_to_the_highest_seed_also_of_the_lowest_arm(study):
+    drawing = figures.draw_tasks("t", study["arms"])
+    questions, ratings = drawing.figure.axes
+    bars = [tuple(line.get_ydata()) for line in questions.lines if len(line.get_xdata()) == 2]
+    assert sorted(bars) == [(67.0, 73.0), (68.0, 74.0), (71.0, 77.0)]
+    low, high = ratings.get_ylim()
+    assert low < 66.0  # the lowest seed of the lowest arm, 69 - 3, is on the scale
+    assert high > 74.0
+
+
+def test_a_small_difference_in_memory_looks_small(study):
+    study["arms"] = [arm("lora", 100, 70.0), arm("core@peak", 100, 69.0, "peak", peak_step_bytes=100 * MIB + 9)]
+    for draw in (figures.draw_scores, figures.draw_tasks):
+        ax = draw("t", study["arms"]).figure.axes[0]
+        left, right = ax.get_xlim()
+        assert right - left >= 40
+        assert left < 95
+        marks = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
+        assert 0 < abs(marks[0] - marks[1]) < 0.05 * (right - left)
+
+
+def test_an_arm_whose_runs_are_not_all_done_is_in_no_figure(study, tmp_path):
+    study["arms"][4]["tasks"][0] |= {"scores": {0: 99.0}, "score": 99.0, "lr": 1e-3, "losses": [1.0, 0.5]}
+    shown = quality.section(study, tmp_path)
+    assert not any("late" in illustration.alt for illustration in shown.figures)
+    (cells,) = [cells for _, cells in shown.scores.rows if cells[0].text == "late"]
+    assert (cells[3].text, cells[3].note) == ("99.0", "1 seed so far")
+
+
 def test_words_for_each_figure(study, tmp_path):
     shown = quality.section(study, tmp_path)
     scores, tasks, losses = (illustration.alt for illustration in shown.figures)
     assert "head at 50 MiB 20.0 (19.0 to 21.0); lora at 100 MiB 70.0" in scores
     assert "On the Pareto front: head, lora, full." in scores
-    assert "questions: lora 71.0, core@peak 70.0, full 74.0, head 21.0; ratings: nothing yet" in tasks
+    assert "questions: lora 71.0, core@peak 70.0, full 74.0, head 21.0; ratings: lora 69.0" in tasks
     assert "questions: lora 0.50, core@peak 0.50" in losses
     for name in ("quality", "quality-tasks", "quality-losses"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
