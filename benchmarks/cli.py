@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from benchmarks.collect import check_destination, collect, say
 from benchmarks.harness.fit import MOST
 from benchmarks.options import checkpoints, fields, integer, memory, several, shape, single
+from reports.compare import ENVIRONMENTS
 from reports.record import RecordError, read, unwritable
+from reports.thresholds import ThresholdsError
 
 if TYPE_CHECKING:
     from benchmarks.harness.spec import RunSpec
@@ -58,6 +60,18 @@ CLAIM_EXAMPLES = """examples:
 REPORT_EXAMPLES = """examples:
   sparsegrad-bench report results/records.json --out results
 """
+COMPARE_EXAMPLES = """exit codes, of several the first:
+  2  bad usage or unreadable input
+  1  a regression; with --fail-on change, anything that moved
+  3  a benchmark of the reference is missing from the new results
+  4  not comparable: the environment, whose memory is meant, or the version of the schema
+
+examples:
+  sparsegrad-bench compare reference.json new.json
+  sparsegrad-bench compare reference.json new.json --markdown - >> "$GITHUB_STEP_SUMMARY"
+  sparsegrad-bench compare reference.json out.json --environment warn --thresholds ours.json --json comparison.json
+  sparsegrad-bench compare reference.json new.json --update
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     _add_quality(commands)
     _add_claim(commands)
     _add_report(commands)
+    _add_compare(commands)
     return root
 
 
@@ -332,6 +347,52 @@ def _add_report(commands) -> None:
     report.set_defaults(handler=_report)
 
 
+def _add_compare(commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="new results against a reference: what got worse",
+        description="Compare records with those of a reference, benchmark by benchmark, and fail where one got worse.\n"
+        "Records are what run and predict write, or the suite's pytest-benchmark JSON. Bytes and counts are compared\n"
+        "exactly, times as ratios to full fine-tuning with their intervals; reports/thresholds.json has all bounds.\n\n"
+        "A table of what moved goes to stdout, or to stderr where --json, --markdown or --smaller-is-better has it.",
+        epilog=COMPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("reference", type=Path, metavar="REFERENCE.json")
+    compare.add_argument("new", nargs="+", type=Path, metavar="NEW.json", help="several are taken together")
+    compare.add_argument(
+        "--thresholds", type=Path, metavar="FILE", help="JSON in the form of reports/thresholds.json, laid over it"
+    )
+    compare.add_argument(
+        "--environment",
+        choices=ENVIRONMENTS,
+        default=ENVIRONMENTS[0],
+        help="where torch, transformers or, for times, the machine changed: refuse (default), and do not judge the "
+        "figures that this matters to; warn, and judge them; or ignore it",
+    )
+    compare.add_argument(
+        "--fail-on",
+        choices=("regression", "change"),
+        default="regression",
+        help="change: improvements and new benchmarks fail too, since the reference no longer says what is "
+        "(default: regression)",
+    )
+    compare.add_argument("--json", metavar="PATH|-", help="the comparison as data")
+    compare.add_argument("--markdown", metavar="PATH|-", help="the table in Markdown, for a job summary")
+    compare.add_argument(
+        "--smaller-is-better",
+        metavar="PATH|-",
+        help="the new figures as github-action-benchmark's customSmallerIsBetter reads them",
+    )
+    compare.add_argument(
+        "--update",
+        action="store_true",
+        help="make the new results the reference, and exit with 0; not where benchmarks, runs or figures are missing, "
+        "or something is not comparable",
+    )
+    compare.set_defaults(handler=_compare)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     # Imported here so that --help and report answer without torch.
     from benchmarks.harness.pairing import Reference
@@ -450,6 +511,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from benchmarks.compare_command import compare_command
+
+    return compare_command(arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; bad input is one line on stderr and exit code 2."""
     arguments = parser().parse_args(argv)
@@ -472,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_input_error(error: ValueError) -> bool:
-    if isinstance(error, RecordError):
+    if isinstance(error, RecordError | ThresholdsError):
         return True
     from baselines.method import MethodError
     from benchmarks.harness.errors import InputError

@@ -53,6 +53,10 @@ class RecordError(ValueError):
     """A results file that cannot be read, or a record that breaks the schema."""
 
 
+class SchemaVersionError(RecordError):
+    """A record of another version of the schema."""
+
+
 def _f(meaning: str, default: object = None):
     return field(default=default, metadata={"meaning": meaning})
 
@@ -209,7 +213,7 @@ class Record:
             except ValueError as error:
                 raise RecordError(f"field 'timeline': {error}") from error
         if self.schema_version != SCHEMA_VERSION:
-            raise RecordError(
+            raise SchemaVersionError(
                 f"schema_version {self.schema_version} is not readable here; this suite reads {SCHEMA_VERSION}"
             )
 
@@ -224,12 +228,16 @@ class Record:
 
     @classmethod
     def from_dict(cls, raw: object) -> Record:
-        """The record that a JSON object holds; raises `RecordError` for anything that is not one."""
+        """The record that a JSON object holds.
+
+        Raises `RecordError` for anything that is not one, `SchemaVersionError` for one of another version.
+        """
         if not isinstance(raw, dict):
             raise RecordError(f"a record must be a JSON object, got {type(raw).__name__}")
         version = raw.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise RecordError(f"schema_version {version!r} is not readable here; this suite reads {SCHEMA_VERSION}")
+            kind = SchemaVersionError if isinstance(version, int) else RecordError
+            raise kind(f"schema_version {version!r} is not readable here; this suite reads {SCHEMA_VERSION}")
         unknown = sorted(set(raw) - set(_hints()))
         if unknown:
             raise RecordError(f"unknown field {unknown[0]!r}; the fields are those of reports/record.py")
@@ -302,7 +310,7 @@ def loads(text: str, source: str = "input") -> list[Record]:
         try:
             records.append(Record.from_dict(entry))
         except RecordError as error:
-            raise RecordError(f"{source}, record {position}: {error}") from error
+            raise type(error)(f"{source}, record {position}: {error}") from error
     return records
 
 
