@@ -29,6 +29,7 @@ CORE = (
     "sparsegrad-core",
     "sparsegrad-directions",
 )
+LONGEST_BUDGET = 40  # characters of a count or a core
 
 
 @cache
@@ -79,10 +80,10 @@ def parse(text: str) -> list[tuple[str, Budget]]:
 
 def parse_budget(text: str) -> int | float | str:
     """An integer, a float or AxB. Raises `MethodError`."""
-    if re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
-    if re.fullmatch(r"\d+x\d+", text):
-        return text
+    if re.fullmatch(r"[+-]?\d+|\d+x\d+", text):
+        if len(text) > LONGEST_BUDGET:
+            raise MethodError(f"the budget {text[:LONGEST_BUDGET]}... has more digits than a layer can have entries")
+        return text if "x" in text else int(text)
     try:
         return float(text)
     except ValueError:

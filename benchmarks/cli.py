@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.collect import check_destination, collect, say
 from benchmarks.harness.fit import MOST
+from benchmarks.lock import held
 from benchmarks.options import checkpoints, fields, integer, memory, several, shape, single
 from reports.compare import ENVIRONMENTS
 from reports.record import RecordError, read, unwritable
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.harness.turns import Done
 
 OK, USAGE = 0, 2
+LONGEST_SENTENCE = 1500  # characters
 # As the harness has them, whose files import torch.
 PREDICTED_DEVICES = ("cuda", "cpu")
 ATTENTIONS = ("eager", "sdpa", "sdpa-efficient", "sdpa-flash")
@@ -440,13 +441,15 @@ def run_specs(arguments: argparse.Namespace) -> list:
 
     from benchmarks.harness.errors import InputError
     from benchmarks.harness.plan import plan
+    from benchmarks.harness.turns import LONGEST_SPAN_S
+    from benchmarks.harness.worker import MOST_THREADS
 
     if not arguments.time_limit > 0:
         raise InputError(f"--time-limit must be positive, got {arguments.time_limit}")
-    if not 0 <= arguments.timing_span < math.inf:
-        raise InputError(f"--timing-span must be a number of seconds, 0 or more, got {arguments.timing_span}")
-    if arguments.rounds < 0 or (arguments.threads is not None and arguments.threads < 1):
-        raise InputError("--rounds must not be negative, and --threads must be at least 1")
+    if not 0 <= arguments.timing_span <= LONGEST_SPAN_S:
+        raise InputError(f"--timing-span must be from 0 to {LONGEST_SPAN_S} seconds, got {arguments.timing_span}")
+    if arguments.rounds < 0 or (arguments.threads is not None and not 1 <= arguments.threads <= MOST_THREADS):
+        raise InputError(f"--rounds must not be negative, and --threads must be from 1 to {MOST_THREADS}")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
@@ -503,10 +506,11 @@ def _refuse_of_study(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from reports.page import write_report
+    from reports.page import PAGE, write_report
 
     records = [record for path in arguments.records for record in read(path)]
-    page = write_report(records, arguments.out)
+    with held(arguments.out / PAGE, "--out"):
+        page = write_report(records, arguments.out)
     say(f"{len(records)} records; page: {page}")
     return OK
 
@@ -528,14 +532,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The packages' own errors for input that a person can put right; others keep their traceback.
         if not _is_input_error(error):
             raise
-        say(f"sparsegrad-bench: {error}")
+        say(f"sparsegrad-bench: {_sentence(error)}")
         return USAGE
     except KeyboardInterrupt:
         say("\nsparsegrad-bench: interrupted; the records that were complete are kept")
         return 130
     except OSError as error:
-        say(f"sparsegrad-bench: {error}")
+        say(f"sparsegrad-bench: {_sentence(error)}")
         return USAGE
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line that can be read, whatever of the input it quotes."""
+    line = " ".join(str(error).splitlines())
+    return line if len(line) <= LONGEST_SENTENCE else f"{line[:LONGEST_SENTENCE]}..."
 
 
 def _is_input_error(error: ValueError) -> bool:

@@ -6,8 +6,11 @@ import sys
 import time
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.lock import held
 from benchmarks.options import SWEPT
 from reports.record import Record, dumps, unwritable, write
 
@@ -73,7 +76,8 @@ def collect(
     methods = ", ".join(dict.fromkeys(spec.method_label for spec in specs))
     say(f"{workloads}, train-rest {specs[0].train_rest}, {how}: {methods} ...")
     try:
-        obtain(done)
+        with nullcontext() if destination == "-" else held(Path(destination), "--json"):
+            obtain(done)
     finally:
         # Also when interrupted: what is complete is kept.
         if destination == "-":

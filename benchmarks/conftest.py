@@ -1,15 +1,16 @@
 """The suite's command line under pytest, and its place in pytest-benchmark's hooks."""
 
-import math
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 from benchmarks import matrix
 from benchmarks.harness.errors import InputError
-from benchmarks.harness.turns import SPAN_S
-from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S
+from benchmarks.harness.turns import LONGEST_SPAN_S, SPAN_S
+from benchmarks.harness.worker import DEFAULT_TIME_LIMIT_S, MOST_THREADS
 from benchmarks.journal import Journal
+from benchmarks.lock import held
 from benchmarks.suite import DEFECTS, Case, Suite, with_failures
 from reports.record import unwritable
 
@@ -56,10 +57,12 @@ def pytest_sessionstart(session):
     if config.getoption("resume") and not out:
         raise pytest.UsageError("--resume needs --benchmark-json=PATH, beside which the earlier suite's runs are")
     given = [config.getoption(name) for name in ("rounds", "threads", "time_limit")]
-    if any(value is not None and value <= 0 for value in given):
-        raise pytest.UsageError("--rounds, --threads and --time-limit must be positive")
-    if not 0 <= config.getoption("timing_span") < math.inf:
-        raise pytest.UsageError("--timing-span must be a number of seconds, 0 or more")
+    if any(value is not None and not value > 0 for value in given) or (given[1] or 1) > MOST_THREADS:
+        raise pytest.UsageError(
+            f"--rounds, --threads and --time-limit must be positive, and --threads at most {MOST_THREADS}"
+        )
+    if not 0 <= config.getoption("timing_span") <= LONGEST_SPAN_S:
+        raise pytest.UsageError(f"--timing-span must be from 0 to {LONGEST_SPAN_S} seconds")
     device = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
@@ -72,11 +75,15 @@ def pytest_sessionstart(session):
         time_limit_s=config.getoption("time_limit"),
         journal=Journal(out) if out else None,
     )
-    if config.getoption("resume"):
-        try:
+    try:
+        if out:
+            lock = ExitStack()
+            lock.enter_context(held(suite.journal.path, "--benchmark-json"))
+            config.add_cleanup(lock.close)
+        if config.getoption("resume"):
             suite.journal.resume()
-        except InputError as error:
-            raise pytest.UsageError(str(error)) from error
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from error
     if out:
         # The plugin empties the file before it writes, so that a full disk would leave nothing.
         plugin.save_json = suite.save

@@ -11,10 +11,12 @@ from pathlib import Path
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.worker import expected_environment
+from reports.reading import parse, read_text, shown
 from reports.record import Record, RecordError, write_bytes
 
 # A run that ended so would end so again; the others may have met a machine in trouble.
 SETTLED = ("ok", "refused")
+MOST_SECONDS = 1e9  # a number beyond is no time, and infinity has no JSON
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,21 @@ class Journal:
 
 def _read(path: Path) -> dict[str, Entry]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse(read_text(path), allow_nan=True)
         return {
-            entry["fullname"]: Entry(Record.from_dict(entry["extra_info"]), tuple(map(float, entry["stats"]["data"])))
+            entry["fullname"]: Entry(Record.from_dict(entry["extra_info"]), _seconds(entry["stats"]["data"]))
             for entry in raw["benchmarks"]
             if "schema_version" in entry["extra_info"]
         }
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, RecordError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecordError) as error:
         raise InputError(f"--resume: {path} is not a suite's results ({type(error).__name__}: {error})") from error
+
+
+def _seconds(data: Sequence[object]) -> tuple[float, ...]:
+    for value in data:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MOST_SECONDS:
+            raise ValueError(f"{shown(value)} is no time of a step")
+    return tuple(map(float, data))
 
 
 def _same(entry: Entry, spec: RunSpec) -> bool:
@@ -88,7 +97,7 @@ def _same(entry: Entry, spec: RunSpec) -> bool:
     if record.status == "ok" and record.pairing != "blocks" and record.timed_rounds != spec.rounds:
         return False
     now = expected_environment(spec)
-    same = ["commit", "python_version", "torch_version", "platform", "threads", "allocator"]
+    same = ["commit", "python_version", "torch_version", "platform", "driver", "threads", "allocator"]
     if now["device_name"] is not None:
         same.append("device_name")
     return record.transformers_version in (None, version("transformers")) and all(

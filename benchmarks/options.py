@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from itertools import product
+
+from reports.reading import shown
 
 # The options that `predict` takes several values of, in the order in which it goes through them: the first is the
 # slowest to change.
 SWEPT = ("model", "layer", "block", "batch", "seq", "dtype", "attention", "optimizer_impl", "gpu")
+MOST_CALIBRATION_STEPS = 10_000
 
 
 def several(read: Callable[[str], object]) -> Callable[[str], tuple]:
@@ -37,7 +41,7 @@ def integer(text: str) -> int:
 
 def shape(text: str) -> tuple[int, int]:
     """D_INxD_OUT, neither of them 0."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(\d{1,18})x(\d{1,18})", text)
     if not match or not all(int(n) for n in match.groups()):
         raise argparse.ArgumentTypeError(f"write a shape as D_INxD_OUT, for example 768x3072, got {text!r}")
     return int(match[1]), int(match[2])
@@ -45,7 +49,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def memory(text: str) -> int:
     """A size in GiB or MiB, as bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|MiB)", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB)", text)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"write a size in GiB or MiB, for example 24GiB, got {text!r}")
     return int(float(match[1]) * 2 ** (30 if match[2] == "GiB" else 20))
@@ -89,11 +93,12 @@ def fields(arguments: argparse.Namespace, device: str, **fixed: object) -> dict[
     from benchmarks.harness.models import ATTENTIONS
     from benchmarks.harness.spec import RunSpec
 
-    for option in ("calibration_steps", "lr"):
-        if not getattr(arguments, option) > 0:
-            raise InputError(f"{_flag(option)} must be positive, got {getattr(arguments, option)}")
+    for option, most in (("calibration_steps", MOST_CALIBRATION_STEPS), ("lr", sys.float_info.max)):
+        value = getattr(arguments, option)
+        if not 0 < value <= most:
+            raise InputError(f"{_flag(option)} must be positive, and at most {most:g}, got {shown(value)}")
     if not 0 <= arguments.seed < 2**32:
-        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {shown(arguments.seed)}")
     # torch's own choice: foreach on CUDA, a loop over the parameters elsewhere.
     impl = "foreach" if device == "cuda" else "for-loop"
     if arguments.optimizer_impl is not None:

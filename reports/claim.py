@@ -10,7 +10,7 @@ from reports import palette, quality, record, sheet, space, tables
 from reports.cells import Cell, Table
 from reports.figures import claim as figures
 from reports.figures.claim import definition_name
-from reports.page import Illustration, encode, renderings, template
+from reports.page import PAGE, Illustration, encode, renderings, template
 
 Found = Mapping[str, object]
 Rows = Sequence[Mapping[str, object]]
@@ -33,7 +33,7 @@ _AXES = {"batch": "Largest batch", "seq": "Longest sequence", "model": "Largest 
 def write_page(found: Found, out: Path) -> Path:
     """Write the figures and `index.html` of what `claim.json` holds into `out`; returns the page's path."""
     out = Path(out)
-    page = out / "index.html"
+    page = out / PAGE
     record.write_bytes(encode(render(found, out)), page)
     return page
 

@@ -5,8 +5,9 @@ fine-tuning with their intervals, bytes and counts as they are; `reports/thresho
 
 Figures taken under circumstances that matter to them and differ are not comparable (`ENVIRONMENTS` says what is made
 of that). What matters: to every figure the versions of torch and of transformers; to times, and whatever else hangs on
-the machine, also the processor or GPU, the platform, the threads and the allocator; to every figure that was measured
-on a GPU all of them. A build tag such as +cpu behind torch's version matters on a GPU alone. The commit never does.
+the machine, also the processor or GPU with its driver, the platform, the threads and the allocator; to every figure
+that was measured on a GPU all of them. A build tag such as +cpu behind torch's version matters on a GPU alone. The
+commit never does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ IDENTITY = (
 # last three follow from the first two by default.
 CONDITIONS = ("source", "device_semantics", "gpu", "gpu_memory_bytes", "optimizer_impl")
 VERSIONS = ("torch_version", "transformers_version")
-MACHINE = ("device_name", "platform", "threads", "allocator")
+MACHINE = ("device_name", "driver", "platform", "threads", "allocator")
 # refuse: figures whose environment changed are not judged; warn: they are, and it is said; ignore: they are.
 ENVIRONMENTS = ("refuse", "warn", "ignore")
 

@@ -16,6 +16,7 @@ from reports.overview import overview
 from reports.record import RATIO_CONFIDENCE, Record
 
 TEMPLATES = Path(__file__).parent / "templates"
+PAGE = "index.html"
 # A reason longer than this (a traceback, say) is folded away behind its beginning.
 LONGEST_REASON = 160
 # A longer name is cut short in the overview; the sections below have all of it.
@@ -166,7 +167,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
             if kind.shows(regimes)
         ]
         sections.append(_section(position, workload, regimes, tuple(illustrations)))
-    page = out / "index.html"
+    page = out / PAGE
     record.write_bytes(encode(render(records, sections, sizes, _fits(records, out), _agreements(records))), page)
     return page
 

@@ -8,10 +8,8 @@ metadata, so that tables, figures and docs take it from here.
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
-import math
 import os
 import tempfile
 import types
@@ -20,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from reports.reading import hints, misfit, parse, read_text, shown
 from reports.timeline import Timeline
 
 SCHEMA_VERSION = 1
@@ -185,18 +184,19 @@ class Record:
     transformers_version: str | None = _f("transformers; None where the workload does not use it")
     platform: str | None = _f("operating system and architecture")
     device_name: str | None = _f("processor or GPU")
+    driver: str | None = _f("CUDA: version of NVIDIA's driver")
     threads: int | None = _f("torch's intra-operation threads")
     allocator: str | None = _f("what the environment of the process told the C allocator and torch's")
     schema_version: int = _f("version of this schema", SCHEMA_VERSION)
 
     def __post_init__(self):
-        for name, hint in _hints().items():
+        if fault := misfit(self):
+            raise RecordError(fault)
+        for name in hints(Record):
             value = getattr(self, name)
-            if not _fits(value, hint):
-                raise RecordError(f"field {name!r} must be {_describe(hint)}, got {value!r}")
             if name.endswith(_NEVER_NEGATIVE) and isinstance(value, int | float) and value < 0:
                 if name not in ("kernel_workspace_bytes", "preparation_workspace_bytes"):
-                    raise RecordError(f"field {name!r} must not be negative, got {value!r}")
+                    raise RecordError(f"field {name!r} must not be negative, got {shown(value)}")
         for name, allowed in (
             ("status", STATUSES),
             ("source", SOURCES),
@@ -204,9 +204,11 @@ class Record:
             ("train_rest", ("all", "none")),
         ):
             if getattr(self, name) not in allowed:
-                raise RecordError(f"field {name!r} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                got = shown(getattr(self, name))
+                raise RecordError(f"field {name!r} must be one of {', '.join(allowed)}, got {got}")
         if self.pairing not in (None, *PAIRINGS):
-            raise RecordError(f"field 'pairing' must be one of {', '.join(PAIRINGS)} or null, got {self.pairing!r}")
+            got = shown(self.pairing)
+            raise RecordError(f"field 'pairing' must be one of {', '.join(PAIRINGS)} or null, got {got}")
         if self.timeline is not None:
             try:
                 Timeline.loads(self.timeline, BREAKDOWN)
@@ -214,7 +216,7 @@ class Record:
                 raise RecordError(f"field 'timeline': {error}") from error
         if self.schema_version != SCHEMA_VERSION:
             raise SchemaVersionError(
-                f"schema_version {self.schema_version} is not readable here; this suite reads {SCHEMA_VERSION}"
+                f"schema_version {shown(self.schema_version)} is not readable here; this suite reads {SCHEMA_VERSION}"
             )
 
     @property
@@ -237,45 +239,18 @@ class Record:
         version = raw.get("schema_version")
         if version != SCHEMA_VERSION:
             kind = SchemaVersionError if isinstance(version, int) else RecordError
-            raise kind(f"schema_version {version!r} is not readable here; this suite reads {SCHEMA_VERSION}")
-        unknown = sorted(set(raw) - set(_hints()))
+            raise kind(f"schema_version {shown(version)} is not readable here; this suite reads {SCHEMA_VERSION}")
+        unknown = sorted(set(raw) - set(hints(Record)))
         if unknown:
-            raise RecordError(f"unknown field {unknown[0]!r}; the fields are those of reports/record.py")
+            raise RecordError(f"unknown field {shown(unknown[0])}; the fields are those of reports/record.py")
         missing = [name for name in ("method", "model") if name not in raw]
         if missing:
             raise RecordError(f"a record needs the field {missing[0]!r}")
         return cls(**raw)
 
 
-@functools.cache
-def _hints() -> dict[str, object]:
-    return typing.get_type_hints(Record)
-
-
 def _alternatives(hint: object) -> tuple[type, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _fits(value: object, hint: object) -> bool:
-    allowed = _alternatives(hint)
-    if isinstance(value, bool):
-        return bool in allowed
-    if isinstance(value, int) and float in allowed:
-        return True
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return isinstance(value, allowed)
-
-
-def _describe(hint: object) -> str:
-    names = {
-        int: "an integer",
-        float: "a finite number",
-        str: "a string",
-        bool: "true or false",
-        type(None): "null",
-    }
-    return " or ".join(names[kind] for kind in _alternatives(hint))
 
 
 def meaning(name: str) -> str:
@@ -296,9 +271,9 @@ def loads(text: str, source: str = "input") -> list[Record]:
     the text in errors. Raises `RecordError`.
     """
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a bare ValueError
-        raise RecordError(f"{source} is not complete JSON ({error}); it may have been cut short") from error
+        raw = parse(text, allow_nan=True)
+    except ValueError as error:
+        raise RecordError(f"{source} cannot be read as JSON ({error}): it may have been cut short") from error
     if isinstance(raw, dict) and "benchmarks" in raw:
         raw = _of_benchmarks(raw["benchmarks"], source)
     if not isinstance(raw, list):
@@ -328,8 +303,8 @@ def _of_benchmarks(benchmarks: object, source: str) -> list[object]:
 def read(path: str | os.PathLike) -> list[Record]:
     """The records of a JSON file; raises `RecordError` where it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {os.fspath(path)}: {error}") from error
     return loads(text, os.fspath(path))
 
@@ -359,6 +334,8 @@ def unwritable(path: str | os.PathLike) -> str | None:
     path = Path(path)
     if path.is_dir():
         return "it is a directory"
+    if path.exists() and not path.is_file():
+        return "it is not a regular file"  # whose place a file would take
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -371,12 +348,17 @@ def to_csv(records: Iterable[Record]) -> str:
     """One tidy table: a row per record, a column per field but the timeline, an empty cell for what is not known."""
     stream = io.StringIO()
     columns = [f.name for f in fields(Record) if f.name != "timeline"]
-    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+    writer, quoting = (
+        csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n", quoting=quoting)
+        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+    )
     writer.writeheader()
     for record in records:
-        row = record.to_dict()
         # A NUL has no place in a CSV: readers stop at it, and Python 3.10 refuses to write it.
-        writer.writerow({k: v.replace("\0", "\ufffd") if isinstance(v, str) else v for k, v in row.items()})
+        row = {k: v.replace("\0", "\ufffd") if isinstance(v, str) else v for k, v in record.to_dict().items()}
+        # Python before 3.13 leaves a lone carriage return without quotes, where readers take it for the row's end.
+        returns = any("\r" in value for value in row.values() if isinstance(value, str))
+        (quoting if returns else writer).writerow(row)
     return stream.getvalue()
 
 
@@ -388,7 +370,7 @@ def from_csv(text: str) -> list[Record]:
 def _parse(name: str, cell: str) -> object:
     if cell is None or name is None:
         raise RecordError("a row of the CSV has more or fewer cells than the header")
-    allowed = _alternatives(_hints().get(name, str))
+    allowed = _alternatives(hints(Record).get(name, str))
     if cell == "" and type(None) in allowed:
         return None
     if bool in allowed and cell in ("True", "False"):

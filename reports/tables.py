@@ -58,6 +58,7 @@ ENVIRONMENT = (
     "platform",
     "device",
     "device_name",
+    "driver",
     "threads",
     "allocator",
 )

@@ -12,7 +12,6 @@ entries of it. Its rules:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from reports.reading import parse, read_text, shown
 from reports.record import BREAKDOWN
 
 DEFAULTS = Path(__file__).with_name("thresholds.json")
@@ -100,32 +100,24 @@ def read_thresholds(path: str | os.PathLike | None = None) -> dict[str, Threshol
 def _read(path: str | os.PathLike, known: Mapping[str, Threshold] | None = None) -> dict[str, Threshold]:
     source = os.fspath(path)
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
+        raw = parse(read_text(path))
+    except (OSError, ValueError) as error:
         raise ThresholdsError(f"cannot read the thresholds {source}: {error}") from error
     if not isinstance(raw, dict):
         raise ThresholdsError(f"{source} must hold a JSON object, figure by figure, got {type(raw).__name__}")
     for name in raw:
         if known is not None and name not in known:
-            raise ThresholdsError(f"{source}: unknown figure {name!r}; tracked are {', '.join(known)}")
+            raise ThresholdsError(f"{source}: unknown figure {shown(name)}; tracked are {', '.join(known)}")
     return {name: _threshold(entry, name, source) for name, entry in raw.items()}
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return found
 
 
 def _threshold(entry: object, name: str, source: str) -> Threshold:
     where = f"{source}, {name}"
     if not isinstance(entry, dict):
-        raise ThresholdsError(f'{where}: give an object such as {{"rule": "exact"}}, got {entry!r}')
+        raise ThresholdsError(f'{where}: give an object such as {{"rule": "exact"}}, got {shown(entry)}')
     rule = entry.get("rule")
     if not isinstance(rule, str) or rule not in RULES:
-        raise ThresholdsError(f"{where}: rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise ThresholdsError(f"{where}: rule must be one of {', '.join(RULES)}, got {shown(rule)}")
     if rule == "interval" and name not in WITH_INTERVAL:
         raise ThresholdsError(
             f"{where}: it has no interval; use tolerance, or interval with {', '.join(WITH_INTERVAL)}"
@@ -133,15 +125,15 @@ def _threshold(entry: object, name: str, source: str) -> Threshold:
     bounds = RULES[rule]
     if unknown := sorted(set(entry) - {"rule", "reason", *bounds}):
         takes = f"takes {' and '.join(bounds)}" if bounds else "takes no bound"
-        raise ThresholdsError(f"{where}: {unknown[0]!r} has no meaning here, {rule} {takes}")
+        raise ThresholdsError(f"{where}: {shown(unknown[0])} has no meaning here, {rule} {takes}")
     if not isinstance(entry.get("reason"), str | None):
-        raise ThresholdsError(f"{where}: reason must be text, got {entry['reason']!r}")
+        raise ThresholdsError(f"{where}: reason must be text, got {shown(entry['reason'])}")
     if rule == "tolerance" and not set(bounds) & set(entry):
         raise ThresholdsError(f"{where}: tolerance needs relative, absolute or both")
     for bound in set(bounds) & set(entry):
         value = entry[bound]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ThresholdsError(f"{where}: {bound} must be a number, 0 or more, got {value!r}")
+            raise ThresholdsError(f"{where}: {bound} must be a number, 0 or more, got {shown(value)}")
         if bound == "relative" and value > 1:
-            raise ThresholdsError(f"{where}: relative is a share from 0 to 1, and 0.1 is 10 %, got {value!r}")
+            raise ThresholdsError(f"{where}: relative is a share from 0 to 1, and 0.1 is 10 %, got {shown(value)}")
     return Threshold(**entry)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from reports.reading import parse, shown
+
 # More samples than a screen has pixels across are of no use to a figure.
 MOST_SAMPLES = 4096
 
@@ -47,11 +49,11 @@ class Timeline:
     def loads(cls, text: str, categories: Sequence[str]) -> Timeline:
         """From `dumps`' text, with exactly these categories. Raises ValueError for anything else."""
         try:
-            raw = json.loads(text)
+            raw = parse(text)
             phases = tuple((str(name), _size(start)) for name, start in raw["phases"])
             at = tuple(_size(instant) for instant in raw["at"])
             by_category = {name: tuple(_size(n) for n in raw["by_category"][name]) for name in categories}
-        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a timeline: {type(error).__name__}: {error}") from error
         if set(raw["by_category"]) != set(categories):
             raise ValueError(f"a timeline's categories must be {', '.join(categories)}")
@@ -60,7 +62,7 @@ class Timeline:
 
 def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is not an integer")
+        raise TypeError(f"{shown(value)} is not an integer")
     return value
 
 

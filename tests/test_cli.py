@@ -17,7 +17,7 @@ from benchmarks.quality import command as quality
 from benchmarks.quality.ledger import Heading, Ledger
 from benchmarks.quality.schedule import DEFAULT_TIME_LIMIT_S
 from benchmarks.quality.study import ARMS, Study
-from reports.record import read
+from reports.record import Record, read
 
 LAYER = [
     "run",
@@ -309,7 +309,7 @@ def test_usage_errors(arguments, capsys):
         (["--arms", "lora,lora"], "arms must be one or more, each once"),
         (["--tasks", "trec,terc"], "unknown data set 'terc'"),
         (["--tasks", "glue/rte"], "--hub"),
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be from 1 to 1024, got 0"),
         (["--minutes", "0"], "--minutes must be positive, got 0"),
         (["--minutes", "nan"], "--minutes must be positive, got nan"),
         (["--time-limit", "-1"], "--time-limit must be positive, got -1"),
@@ -335,7 +335,8 @@ def test_a_study_that_cannot_be_is_one_clear_line(options, message, tmp_path, mo
 
 def test_another_study_in_the_same_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "run_all", lambda *_: pytest.fail("ran all the same"))
-    Ledger(tmp_path / "runs.jsonl").start(Heading(Study(seeds=3, arms=("head",)), {}))
+    arms = {"head": Record(method="head", model="m")}
+    Ledger(tmp_path / "runs.jsonl").start(Heading(Study(seeds=3, arms=("head",)), arms))
     before = (tmp_path / "runs.jsonl").read_bytes()
     assert cli.main(["quality", "--out", str(tmp_path), "--arms", "head", "--seeds", "4", "--epochs", "9"]) == 2
     out, err = capsys.readouterr()

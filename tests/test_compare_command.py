@@ -224,7 +224,7 @@ def test_another_version_of_the_schema_is_not_comparable(whose, files, capsys):
 @pytest.mark.parametrize(
     ("reference", "new", "message"),
     [
-        ("[", "[]", "is not complete JSON"),
+        ("[", "[]", "cannot be read as JSON"),
         ("[]", "{}", "must hold a JSON list of records or pytest-benchmark's JSON"),
         ('[{"a": 1}]', "[]", "schema_version None is not readable here"),
         ("[]", "[]", "holds no benchmark, so that nothing would be compared"),

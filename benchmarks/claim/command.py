@@ -20,10 +20,12 @@ from benchmarks.claim.verdict import DECIDING_TOLERANCE, FAILS, HOLDS, TOLERANCE
 from benchmarks.collect import say
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
+from benchmarks.lock import held
 from benchmarks.quality.space import csv_files as space_tables
 from benchmarks.rows import table
 from reports.capacity import CARDS
 from reports.claim import write_page
+from reports.page import PAGE
 from reports.record import Record, meaning, to_csv, unwritable, write, write_bytes
 
 SCHEMA_VERSION = 1
@@ -93,6 +95,13 @@ def claim(out: Path, quick: bool, require: str | None = None, study: Path | None
     quality = read_quality(study or SUMMARY)
     judge_quality(quality)  # a summary that cannot be read is said before minutes of predictions
     space = judge_space(read_space())
+    with held(out / PAGE, "--out"):
+        verdict = _judge(out, quick, quality, space)
+    return 0 if require in (None, verdict) else 1
+
+
+def _judge(out: Path, quick: bool, quality: Mapping[str, object] | None, space) -> str:
+    """The verdict; all that it rests on is written into `out`."""
     predictor = Predictor()
     try:
         found = gather(QUICK if quick else FULL, predictor, quality)
@@ -112,7 +121,7 @@ def claim(out: Path, quick: bool, require: str | None = None, study: Path | None
     for reading in found["readings"]:
         say(f"  reading {reading['number']}, {reading['title']}: {reading['verdict']}. {reading['sentence']}")
     say(f"page: {page}")
-    return 0 if require in (None, found["verdict"]) else 1
+    return found["verdict"]
 
 
 def gather(scope: Scope, predictor: Predictor, quality: Mapping[str, object] | None) -> dict[str, object]:

@@ -10,7 +10,6 @@ memory.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from statistics import median_low
 from benchmarks.claim.cases import PUBLISHED
 from benchmarks.claim.verdict import UNDECIDED, VERDICTS
 from benchmarks.harness.errors import InputError
+from reports.reading import parse, read_text, shown
 
 SUMMARY = Path(__file__).parent.parent / "reference" / "quality" / "summary.json"
 NOT_STUDIED = "which method fine-tunes better at equal memory is not studied yet"
@@ -64,9 +64,12 @@ def read(path: Path) -> dict[str, object] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        summary = parse(read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(f"the summary of the quality study, {path}, cannot be read: {error}") from error
+    if not isinstance(summary, dict):
+        raise InputError(f"the summary of the quality study, {path}, holds no object: give what `quality --out` writes")
+    return summary
 
 
 def judge(quality: Mapping[str, object] | None) -> Quality:
@@ -77,6 +80,8 @@ def judge(quality: Mapping[str, object] | None) -> Quality:
         primary = quality["primary"]
         cases = tuple(_case(each) for each in ([] if primary is None else [primary]) + list(quality["secondary"]))
         arms = tuple(_arm(each) for each in quality["arms"])
+        if len({tuple(of["task"] for of in arm["tasks"]) for arm in arms}) > 1:
+            raise ValueError("the arms have different tasks")
         facts = _facts(quality)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
@@ -91,7 +96,9 @@ def judge(quality: Mapping[str, object] | None) -> Quality:
 
 def _case(comparison: Mapping[str, object]) -> dict[str, object]:
     if comparison["verdict"] not in VERDICTS:
-        raise InputError(f"a verdict is one of {', '.join(VERDICTS)}, got {comparison['verdict']!r}")
+        raise InputError(f"a verdict is one of {', '.join(VERDICTS)}, got {shown(comparison['verdict'])}")
+    if comparison.get("difference") is not None and None in (comparison.get("low"), comparison.get("high")):
+        raise ValueError("a difference has an interval")
     return {
         "first": comparison["first"],
         "second": comparison["second"],
@@ -106,7 +113,7 @@ def _case(comparison: Mapping[str, object]) -> dict[str, object]:
         "seeds_to_decide": _number(comparison.get("seeds_to_decide")),
         "equivalent": comparison.get("equivalent"),
         "per_task": [
-            {"task": str(row["task"]), **{name: _number(row[name]) for name in ("difference", "low", "high")}}
+            {"task": str(row["task"]), **{name: float(_number(row[name])) for name in ("difference", "low", "high")}}
             for row in comparison.get("per_task", ())
         ],
         "reason": comparison.get("reason"),
@@ -114,23 +121,27 @@ def _case(comparison: Mapping[str, object]) -> dict[str, object]:
 
 
 def _arm(arm: Mapping[str, object]) -> dict[str, object]:
-    mean = arm["mean"] or {}
+    mean = dict.fromkeys(("mean", "low", "high"))
+    if arm["mean"] is not None:
+        mean = {
+            "mean" if name == "score" else name: float(_number(arm["mean"][name])) for name in ("score", "low", "high")
+        }
     return {
         "arm": str(arm["arm"]),
         "method": str(arm["method"]),
         "label": str(arm["label"]),
         "matched": str(arm["matched"]),
         "trainable_params": _number(arm["trainable_params"]),
-        "peak_step_bytes": int(arm["peak_step_bytes"]),
-        "mean": _number(mean.get("score")),
-        "low": _number(mean.get("low")),
-        "high": _number(mean.get("high")),
+        "peak_step_bytes": _whole(arm["peak_step_bytes"]),
+        **mean,
         "tasks": [_on_task(of) for of in arm["tasks"]],
     }
 
 
 def _on_task(of: Mapping[str, object]) -> dict[str, object]:
     reached = [None if step is None else int(step) for step in of["steps_to_target"]]
+    if (of["score"] is None) != (of["lr"] is None):
+        raise ValueError("a score has a learning rate")
     return {
         "task": str(of["task"]),
         "metric": str(of["metric"]),
@@ -138,7 +149,7 @@ def _on_task(of: Mapping[str, object]) -> dict[str, object]:
         "scores": {int(seed): _number(score) for seed, score in of["scores"].items()},
         "lr": _number(of["lr"]),
         "lr_at_edge": bool(of["lr_at_edge"]),
-        "losses": [float(loss) for loss in of["losses"]],
+        "losses": [_number(loss) for loss in of["losses"]],
         "reached": sum(step is not None for step in reached),
         # The median run; one that does not get there is slower than any that does.
         "steps_to_target": _finite(median_low([math.inf if step is None else step for step in reached] or [math.inf])),
@@ -148,12 +159,14 @@ def _on_task(of: Mapping[str, object]) -> dict[str, object]:
 def _facts(quality: Mapping[str, object]) -> dict[str, object]:
     study, runs = quality["study"], quality["runs"]
     return {
-        "protocol": int(quality["protocol"]),
-        **{name: study[name] for name in ("model", "train_size", "epochs", "batch", "longest", "train_rest", "seeds")},
-        "runs": int(runs["settled"]),
-        "planned": int(runs["planned"]),
+        "protocol": _whole(quality["protocol"]),
+        **{name: str(study[name]) for name in ("model", "train_rest")},
+        "train_size": None if study["train_size"] is None else _whole(study["train_size"]),
+        **{name: _whole(study[name]) for name in ("epochs", "batch", "longest", "seeds")},
+        "runs": _whole(runs["settled"]),
+        "planned": _whole(runs["planned"]),
         "failed": len(runs["failed"]),
-        "hours": float(runs["hours"]),
+        "hours": float(_number(runs["hours"])),
     }
 
 
@@ -165,8 +178,12 @@ def _number(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} stands where a number must be")
+        raise ValueError(f"{shown(value)} stands where a number must be")
     return value
+
+
+def _whole(value: object) -> int:
+    return int(_number(value))
 
 
 def _words(case: Mapping[str, object]) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.nvml import driver_version
+
 _ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +30,7 @@ def environment(device: str) -> dict[str, object]:
         "transformers_version": getattr(transformers, "__version__", None),
         "platform": f"{platform.system()} {platform.machine()}",
         "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
+        "driver": driver_version() if device.startswith("cuda") else None,
         "threads": torch.get_num_threads(),
         "allocator": allocator(os.environ),
     }

@@ -6,7 +6,6 @@ is downloaded unless `hub` says so, and transformers is imported only when it is
 
 import copy
 import io
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.packaged import Package, locate
 from benchmarks.harness.presets import PRESETS
+from reports.reading import parse, read_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -52,6 +52,11 @@ SMOLLM2_CONFIG: dict[str, Any] = {
 _KERNELS = {"sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 PACKAGED_NAMES = ("minilm-l6", "smollm2-135m")
 KNOWN_NAMES = (*PACKAGED_NAMES, *PRESETS)
+
+# The deepest models that are published have 1,000 layers, the largest vocabularies less than a million entries.
+MOST_SIZES = {"num_hidden_layers": 1024} | dict.fromkeys(
+    ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 2**24
+)
 
 _CONFIG_FILE = "config.json"
 _WEIGHT_FILES = (
@@ -136,6 +141,12 @@ class ModelSource:
                     )
             except (OSError, ValueError, ImportError, SafetensorError) as error:
                 raise InputError(f"{self.name} with {attention} attention cannot be built: {_reason(error)}") from error
+            except Exception as error:
+                # A damaged config fails wherever its values are first used; on a real device memory can run out too.
+                if torch.get_default_device().type != "meta":
+                    raise
+                reason = f"{type(error).__name__}: {_reason(error)}"
+                raise InputError(f"{self.name} with {attention} attention cannot be built: {reason}") from error
         _refuse_partial(self.name, model, report)
         return model.train()
 
@@ -200,7 +211,10 @@ def resolve(name: str, hub: bool = False) -> ModelSource:
     if name in PRESETS:
         config = _config_of(*PRESETS[name])
         return ModelSource(name, _kind(name, config), config, False, "preset: published architecture, random weights")
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # nobody's home
+        raise InputError(f"there is no file or directory {name}: {_reason(error)}") from error
     if name and path.is_dir():  # Path("") is the current directory
         return _from_directory(name, path, f"local directory {path}")
     if path.is_file():
@@ -243,17 +257,17 @@ def _local_config(path: Path) -> "PreTrainedConfig":
     from transformers import CONFIG_MAPPING
 
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))
+        arguments = parse(read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} could not be read as JSON ({_reason(error)}): give a config.json that transformers has saved"
         ) from error
     # transformers would guess a missing model type from the path's letters.
     model_type = arguments.get("model_type") if isinstance(arguments, dict) else None
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
-            f"{path} has the model_type {model_type!r}, which transformers does not know: give a config.json that it "
-            "has saved"
+            f"{path} has the model_type {shown(model_type)}, which transformers does not know: give a config.json "
+            "that it has saved"
         )
     return _read_config(str(path), "give a config.json that transformers has saved", hub=False)
 
@@ -278,6 +292,7 @@ def _kind(name: str, config: "PreTrainedConfig") -> Kind:
     )
 
     model_type = config.model_type
+    _check_sizes(name, config)
     if not getattr(config, "is_encoder_decoder", False):
         # Masked first: transformers also has a causal head for BERT and its like.
         if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -289,6 +304,14 @@ def _kind(name: str, config: "PreTrainedConfig") -> Kind:
         f"{name} is of the type {model_type!r}, which is neither an encoder with a classification head (such as bert, "
         "roberta, distilbert) nor a decoder-only language model (such as gpt2, llama, qwen2): choose one of those"
     )
+
+
+def _check_sizes(name: str, config: "PreTrainedConfig") -> None:
+    """Raise for sizes that no model has: transformers would build layers for hours, and torch count past its range."""
+    for size, most in MOST_SIZES.items():
+        value = getattr(config, size, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise InputError(f"{name} has the {size} {shown(value)}, not one of 1 to {most}: correct its config")
 
 
 def _refuse_partial(name: str, model: nn.Module, report: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -15,6 +16,23 @@ def process_bytes(device: torch.device) -> int | None:
 
     None where it is not told: without pynvml, a driver or the permission, or where a container hides the process's id.
     """
+
+    def ask(pynvml: ModuleType) -> Sequence[object]:
+        handle = _handle(pynvml, torch.cuda.get_device_properties(device))
+        return pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+
+    processes = _asked(ask) or ()
+    charged = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+    return None if charged == NOT_AVAILABLE else charged
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver; None where it is not told. No CUDA context is made for it."""
+    return _asked(lambda pynvml: pynvml.nvmlSystemGetDriverVersion())
+
+
+def _asked(question: Callable[[ModuleType], object]) -> object:
+    """What NVML answers; None where there is none, or it does not tell."""
     try:
         import pynvml
     except ImportError:
@@ -22,14 +40,11 @@ def process_bytes(device: torch.device) -> int | None:
     try:
         pynvml.nvmlInit()
         try:
-            handle = _handle(pynvml, torch.cuda.get_device_properties(device))
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+            return question(pynvml)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    charged = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
-    return None if charged == NOT_AVAILABLE else charged
 
 
 def _handle(pynvml: ModuleType, properties: torch.cuda._CudaDeviceProperties) -> object:

@@ -92,6 +92,7 @@ class Unknown(ValueError):
 def predict(spec: RunSpec) -> Record:
     """The record that a run of `spec` would give, as far as it can be known; status `refused` where it cannot.
 
+    Where the steps fail, as they do for a config whose values do not go together, the status is `crashed`.
     `spec.device` names whose kernels' semantics are meant. Raises `InputError` for a spec that no run could take.
     """
     if spec.device not in SEMANTICS:
@@ -108,8 +109,12 @@ def predict(spec: RunSpec) -> Record:
         outcome = {"status": "refused", "reason": f"what {error.func} returns depends on values that are not known"}
     except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
         outcome = {"status": "refused", "reason": f"torch cannot run this on fake tensors: {error}"}
+    except Exception as error:
+        # As in a measured run, whose worker ends: what is wrong with one method or model costs no other's record.
+        first = str(error).partition("\n")[0]
+        outcome = {"status": "crashed", "reason": f"{type(error).__name__}: {first}"}
     # Nothing ran: no processor, threads or allocator had a part in it.
-    facts = environment("cpu") | dict.fromkeys(("device_name", "threads", "allocator"))
+    facts = environment("cpu") | dict.fromkeys(("device_name", "driver", "threads", "allocator"))
     return spec.blank(workload.name, source="predicted", data=workload.data, **facts, **outcome)
 
 

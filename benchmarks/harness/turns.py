@@ -22,6 +22,7 @@ from reports.record import Record
 # The rounds are spread over this long at least, so that they see more of the machine than a moment: in a series of
 # eight minutes, ratios of neighbouring steps were correlated over ten seconds and more.
 SPAN_S = 45.0
+LONGEST_SPAN_S = 86_400
 # Another worker is started where this many times the largest one's memory is available.
 ROOM = 2
 

@@ -19,6 +19,7 @@ import torch
 from baselines.method import MethodError
 from benchmarks.harness.environment import allocator, environment, process_peak_bytes
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.nvml import driver_version
 from benchmarks.harness.plain import PlainPass
 from benchmarks.harness.process import Ended, LineProcess, end_with_parent, process_variables
 from benchmarks.harness.protocol import Diverged, measure_memory
@@ -27,6 +28,7 @@ from reports.record import Record, RecordError
 from sparsegrad import SparseGradError
 
 DEFAULT_TIME_LIMIT_S = 1800
+MOST_THREADS = 1024
 
 # How it is told that memory ran out, where that is a bare RuntimeError.
 SHORT_OF_MEMORY = (
@@ -116,7 +118,7 @@ def expected_environment(spec: RunSpec) -> dict[str, object]:
     known = environment("cpu") | {"allocator": allocator(process_variables())}
     if spec.device != "cpu":
         # Asking for a GPU's name would open a CUDA context in this process, which measures nothing.
-        known["device_name"] = None
+        known |= {"device_name": None, "driver": driver_version()}
     if spec.threads:
         known["threads"] = spec.threads
     return known

@@ -45,6 +45,9 @@ SMOOTH_ACTIVATIONS = (
 # Encoders (model types) whose classification head reads the first token of the last layer.
 FIRST_TOKEN_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 
+# Torch counts the bytes of a tensor in 64 bits.
+MOST_ENTRIES = 2**59
+
 # What a packaged checkpoint is trained on by default.
 DEFAULT_DATA = {"encoder": "trec", "decoder": "movie"}
 
@@ -172,6 +175,8 @@ class ShapeWorkload(Workload):
 
     def __init__(self, d_in: int, d_out: int, **options):
         super().__init__(**options)
+        if d_in * d_out > MOST_ENTRIES:
+            raise InputError(f"{self.label} {d_in}x{d_out} has more entries than torch can count: give a smaller one")
         self.d_in, self.d_out = d_in, d_out
         self.name = f"{self.label} {d_in}x{d_out}"
 
@@ -258,7 +263,9 @@ class ModelWorkload(Workload):
         super().__init__(**options)
         longest = getattr(source.config, "max_position_embeddings", None)
         self.longest_seq = longest if longest is not None and longest > 0 else None  # XLNet's says -1
-        if "roberta" in source.config.model_type:
+        if "roberta" in source.config.model_type and self.longest_seq is not None:
+            if source.config.pad_token_id is None:
+                raise InputError(f"{source.name} has no pad_token_id, where its positions start: correct its config")
             self.longest_seq -= source.config.pad_token_id + 1  # where its positions start
         if self.longest_seq is not None and self.seq > self.longest_seq:
             raise InputError(f"seq must be at most {self.longest_seq} for {source.name}, got {self.seq}")

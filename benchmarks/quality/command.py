@@ -6,17 +6,21 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 from benchmarks.collect import check_destination, say
 from benchmarks.harness import models
 from benchmarks.harness.errors import InputError
+from benchmarks.lock import held
 from benchmarks.quality.ledger import Heading, Ledger
 from benchmarks.quality.schedule import run_all
 from benchmarks.quality.study import ARMS, CORE, Study, records
 from benchmarks.quality.summary import summarise, table
 from benchmarks.quality.tasks import TaskWorkload, load_task
+from reports.reading import shown
 from reports.record import write_bytes
 
+MOST_JOBS = 1024
 RUNS, SUMMARY = "runs.jsonl", "summary.json"
 ARM_SETS = {"core": tuple(arm.name for arm in CORE), "extended": tuple(ARMS)}
 
@@ -24,16 +28,24 @@ ARM_SETS = {"core": tuple(arm.name for arm in CORE), "extended": tuple(ARMS)}
 def quality_command(arguments: argparse.Namespace) -> None:
     """Start or continue the study in `--out`, for as long as `--minutes` says, and write its summary."""
     check_destination(arguments.json)
-    if arguments.jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {arguments.jobs}")
+    if not 1 <= arguments.jobs <= MOST_JOBS:
+        raise InputError(f"--jobs must be from 1 to {MOST_JOBS}, got {shown(arguments.jobs)}")
     for option in ("minutes", "time_limit"):
         value = getattr(arguments, option)
         if value is not None and not value > 0:
             raise InputError(f"--{option.replace('_', '-')} must be positive, got {value}")
     asked = study_of(arguments)
-    ledger = Ledger(arguments.out / RUNS)
-    if ledger.heading is None:
+    path = arguments.out / RUNS
+    if not path.exists():
+        # Before the directory is made: a study that cannot be leaves nothing.
         _check_workloads(asked)
+    with held(path, "--out"):
+        _go_on(asked, path, arguments)
+
+
+def _go_on(asked: Study, path: Path, arguments: argparse.Namespace) -> None:
+    ledger = Ledger(path)
+    if ledger.heading is None:
         say("budgets by prediction ...")
         ledger.start(Heading(asked, records(asked, say)))
     elif ledger.heading.study != asked:

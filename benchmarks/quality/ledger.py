@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from benchmarks.harness.errors import InputError
 from benchmarks.quality.study import Study
 from benchmarks.quality.tasks import PROTOCOL
-from benchmarks.quality.training import Outcome, Trial
+from benchmarks.quality.training import FINAL, Outcome, Trial
+from reports.reading import MOST_BYTES, open_file, parse, shown
 from reports.record import Record, RecordError
 
 SCHEMA = 1
@@ -65,34 +67,43 @@ class Ledger:
             os.fsync(file.fileno())
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        lines = complete.splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                raw = json.loads(line, parse_constant=_no_number)
-                if number == 1:
-                    self.heading = _heading(raw)
-                else:
-                    outcome = Outcome.from_dict(raw)
-                    self._outcomes[outcome.trial] = outcome
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RecordError) as error:
-                raise InputError(f"{self.path}, line {number}, is not of a study's runs: {error}") from error
-        if len(complete) < len(content):
-            # A line that was cut off: what is appended must not join it.
+        complete = 0  # bytes
+        with open_file(self.path) as file:
+            for number in itertools.count(1):
+                line = file.readline(MOST_BYTES + 1)
+                if not line.endswith(b"\n") and len(line) <= MOST_BYTES:
+                    break
+                try:
+                    self._take(line, number)
+                except (ValueError, TypeError, KeyError, AttributeError, RecordError) as error:
+                    raise InputError(f"{self.path}, line {number}, is not of a study's runs: {error}") from error
+                complete += len(line)
+        if line:
+            # It was cut off: what is appended must not join it.
             with open(self.path, "r+b") as file:
-                file.truncate(len(complete))
+                file.truncate(complete)
 
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    def _take(self, line: bytes, number: int) -> None:
+        if len(line) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES // 2**20} MiB")
+        raw = parse(line.decode("utf-8"))
+        if number == 1:
+            self.heading = _heading(raw)
+        else:
+            outcome = Outcome.from_dict(raw)
+            if outcome.status == "ok" and not (outcome.losses and (outcome.curve or outcome.trial.purpose != FINAL)):
+                raise ValueError("a run that ended ok has losses, and a final one a curve")
+            self._outcomes[outcome.trial] = outcome
 
 
 def _heading(raw: dict[str, object]) -> Heading:
     if (raw["schema"], raw["protocol"]) != (SCHEMA, PROTOCOL):
         raise ValueError(
-            f"schema {raw['schema']} and protocol {raw['protocol']}, where this version reads {SCHEMA} and {PROTOCOL}; "
-            "choose another directory"
+            f"schema {shown(raw['schema'])} and protocol {shown(raw['protocol'])}, where this version reads {SCHEMA} "
+            f"and {PROTOCOL}; choose another directory"
         )
     arms = {name: Record.from_dict(record) for name, record in raw["arms"].items()}
-    return Heading(Study.from_dict(raw["study"]), arms)
+    study = Study.from_dict(raw["study"])
+    if set(arms) != set(study.arms):
+        raise ValueError(f"predictions of {', '.join(arms) or 'no arm'}, where the study has {', '.join(study.arms)}")
+    return Heading(study, arms)

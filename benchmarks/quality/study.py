@@ -111,6 +111,8 @@ class Study:
         for what in ("epochs", "batch", "longest", "seeds"):
             if getattr(self, what) < 1:
                 raise InputError(f"{what} must be at least 1, got {getattr(self, what)}")
+        if self.seeds > min(TUNING_SEEDS):
+            raise InputError(f"seeds must be at most {min(TUNING_SEEDS)}, where tuning's begin, got {self.seeds}")
 
     def lrs_of(self, arm: str) -> tuple[float, ...]:
         """The learning rates that are tried for an arm."""

@@ -9,6 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
+from benchmarks.harness.errors import InputError
 from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.statistics import LEVEL, Paired, Runs, compare, holm, mean_interval
 from benchmarks.quality.study import ARMS, PRIMARY, mean_scores, trials
@@ -123,7 +124,17 @@ def _labels(task: Task) -> np.ndarray:
 
 
 def _predictions(of: Mapping[int, Outcome], seeds: Sequence[int]) -> np.ndarray:
-    return np.array([of[seed].predictions for seed in seeds])
+    return np.array(_alike("predictions", [of[seed].predictions for seed in seeds]), dtype=float)
+
+
+def _alike(what: str, series: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """The same, where all are equally long. Raises `InputError` where they cannot be of one arm and task."""
+    lengths = sorted({len(values) for values in series})
+    if len(lengths) > 1:
+        raise InputError(
+            f"the runs of one arm on one task have {lengths[0]} {what} and {lengths[-1]}: choose another --out"
+        )
+    return series
 
 
 def _adjust(comparisons: Sequence[dict[str, object]]) -> None:
@@ -186,7 +197,7 @@ def _on_task(name: str, task: Task, lrs: Sequence[float], ledger: Ledger, finals
         "lr": lr,
         "lr_at_edge": lr in (min(lrs), max(lrs)) if lr is not None else None,
         "tuning": {f"{lr:g}": value for lr, value in sorted(tuning.items())},
-        "losses": [fmean(values) for values in zip(*(o.losses for o in of), strict=True)],
+        "losses": [fmean(values) for values in zip(*_alike("losses", [o.losses for o in of]), strict=True)],
         "target": target,
         "steps_to_target": reached,
     }

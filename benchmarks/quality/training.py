@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from benchmarks.harness.protocol import build, ready, training_step, untracked
 from benchmarks.harness.spec import RunSpec
 from benchmarks.quality.statistics import score
 from benchmarks.quality.tasks import TaskWorkload, load_task
+from reports.reading import misfit, shown
 from reports.record import STATUSES
 
 # The learning rate rises over this share of the steps, then falls to zero, both linearly.
@@ -83,7 +83,7 @@ class Outcome:
     trainable_params: int | None = None
     preparation_time_s: float | None = None
     time_s: float | None = None
-    environment: dict[str, object] = field(default_factory=dict)
+    environment: dict[str, int | float | str | bool | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -95,14 +95,17 @@ class Outcome:
         if not isinstance(raw, dict):
             raise TypeError(f"an outcome must be a JSON object, got {type(raw).__name__}")
         tuples = {name: tuple(raw[name]) for name in ("predictions", "losses") if raw.get(name) is not None}
-        curve = tuple((int(step), float(value)) for step, value in raw.get("curve", ()))
+        curve = tuple(tuple(point) for point in raw.get("curve", ()))
         outcome = cls(**{**raw, **tuples, "curve": curve, "trial": Trial(**raw["trial"])})
+        if fault := misfit(outcome.trial) or misfit(outcome):
+            raise ValueError(fault)
         if outcome.status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {outcome.status!r}")
-        if outcome.status == "ok" and not (isinstance(outcome.score, int | float) and math.isfinite(outcome.score)):
-            raise ValueError(f"a run that ended ok has a finite score, got {outcome.score!r}")
-        if outcome.status == "ok" and outcome.trial.purpose == FINAL and outcome.predictions is None:
-            raise ValueError("a final run that ended ok has predictions")
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {shown(outcome.status)}")
+        if outcome.status == "ok":
+            if outcome.score is None:
+                raise ValueError("a run that ended ok has a score")
+            if outcome.trial.purpose == FINAL and outcome.predictions is None:
+                raise ValueError("a final run that ended ok has predictions")
         return outcome
 
 

@@ -172,6 +172,12 @@ def test_a_malformed_budget_is_refused(text):
         registry.parse(text)
 
 
+@pytest.mark.parametrize("budget", ["9" * 41, "9" * 5000, "3x" + "9" * 5000, "-" + "9" * 5000])
+def test_a_budget_longer_than_any_is_refused_and_not_repeated(budget):
+    with pytest.raises(MethodError, match=r"^the budget .{40}\.\.\. has more digits than a layer can have entries$"):
+        registry.parse(f"lora[{budget}]")
+
+
 # --- what it depends on
 
 

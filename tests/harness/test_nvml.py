@@ -39,6 +39,9 @@ class FakeNvml(ModuleType):
     def nvmlShutdown(self):
         self.closed += 1
 
+    def nvmlSystemGetDriverVersion(self):
+        return self._call("driver", {0: "580.65.06"}, 0)
+
     def nvmlDeviceGetHandleByUUID(self, uuid):
         return self._call("uuid", self.handles, uuid)
 
@@ -75,6 +78,14 @@ def test_an_instance_of_a_gpu_is_found_by_its_uuid(fake):
 def test_a_device_of_unknown_uuid_is_found_by_its_address(fake):
     fake.fails = "uuid"
     assert nvml.process_bytes(DEVICE) == 333
+
+
+def test_the_drivers_version(fake):
+    assert nvml.driver_version() == "580.65.06"
+    fake.fails = "driver"
+    assert nvml.driver_version() is None
+    fake.fails = "init"
+    assert nvml.driver_version() is None
 
 
 def test_a_device_that_nvml_does_not_know(fake):

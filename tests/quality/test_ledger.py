@@ -1,6 +1,7 @@
 """The ledger: what is written is read again, and what is not a study's runs is refused in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -25,7 +26,7 @@ def ledger(tmp_path):
 
 def test_each_outcome_is_on_disk_as_soon_as_it_is_added(ledger):
     for seed in range(3):
-        outcome = Outcome(Trial(**vars(TRIAL) | {"seed": seed}), "ok", score=1.0 + seed, predictions=(0.5,))
+        outcome = replace(FINISHED, trial=replace(TRIAL, seed=seed), score=1.0 + seed)
         ledger.add(outcome)
         again = Ledger(ledger.path)
         assert again.heading == ledger.heading
@@ -50,9 +51,8 @@ def test_the_last_outcome_of_a_trial_counts(ledger):
 
 @pytest.mark.parametrize("status", STATUSES)
 def test_what_may_have_been_the_machines_fault_is_tried_again(ledger, status):
-    score = {"score": 1.0, "predictions": (0.0,)} if status == "ok" else {"reason": "as told"}
     assert not ledger.settled(TRIAL)
-    ledger.add(Outcome(TRIAL, status, **score))
+    ledger.add(FINISHED if status == "ok" else Outcome(TRIAL, status, "as told"))
     assert Ledger(ledger.path).settled(TRIAL) == (status in ("ok", "diverged", "refused"))
 
 

@@ -52,7 +52,7 @@ class Workers:
         time.sleep(self._random.random() * self._pause_s)
         outcome = self._run(trial) if self._run else None
         self.log.append(("ended", trial))
-        return outcome or Outcome(trial, "ok", score=trial.lr, losses=(1.0,), predictions=(0.0,))
+        return outcome or Outcome(trial, "ok", score=trial.lr, losses=(1.0,), predictions=(0.0,), curve=((1, 0.0),))
 
     @property
     def begun(self):

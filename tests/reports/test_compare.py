@@ -304,6 +304,7 @@ def test_commit_processor_and_build_do_not_matter_to_predictions():
         (MEASURED, "platform", "Linux aarch64", False),
         (MEASURED, "allocator", "MALLOC_ARENA_MAX=1", False),
         (ON_A_GPU, "device_name", "Tesla T4", True),
+        (ON_A_GPU, "driver", "580.65.06", True),
         (ON_A_GPU, "torch_version", "2.13.0+cu130", True),
     ],
 )
