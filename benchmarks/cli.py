@@ -28,9 +28,10 @@ LONGEST_SENTENCE = 1500  # characters
 # As the harness has them, whose files import torch.
 PREDICTED_DEVICES = ("cuda", "cpu")
 ATTENTIONS = ("eager", "sdpa", "sdpa-efficient", "sdpa-flash")
+CLUSTERS = ("slurm", "local")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 # Options of `quality` that do not go with --space.
-STUDYS_OWN = ("jobs", "minutes", "time_limit", "arms", "seeds")
+STUDYS_OWN = ("jobs", "cluster", "cluster_option", "minutes", "time_limit", "arms", "seeds")
 
 RUN_EXAMPLES = """examples:
   sparsegrad-bench run --model minilm-l6 --methods full,lora[7],sparsegrad --equal-trainable lora[7] --json -
@@ -52,6 +53,7 @@ QUALITY_EXAMPLES = """examples:
   sparsegrad-bench quality --out study --jobs 2 --minutes 60 --json summary.json
   sparsegrad-bench quality --out small --tasks trec,amazon --arms lora,sparsegrad-core@peak --train-size 100 --epochs 15
   sparsegrad-bench quality --out glue --model google-bert/bert-base-uncased --tasks glue/rte,glue/mrpc --hub
+  sparsegrad-bench quality --out study --jobs 64 --cluster slurm --cluster-option slurm_partition=short
   sparsegrad-bench quality --space --out space --json -
 """
 CLAIM_EXAMPLES = """examples:
@@ -286,6 +288,20 @@ def _add_quality(commands) -> None:
     )
     quality.add_argument("--out", type=Path, required=True, metavar="DIR")
     quality.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread (default: 1)")
+    quality.add_argument(
+        "--cluster",
+        choices=CLUSTERS,
+        help="runs are jobs, --jobs of them at a time, through submitit (the extra [cluster]); local is this machine, "
+        "to try it out",
+    )
+    quality.add_argument(
+        "--cluster-option",
+        action="append",
+        type=_named,
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of submitit's, such as slurm_partition=short or mem_gb=4; may be given several times",
+    )
     quality.add_argument("--minutes", type=float, metavar="N", help="begin no further run after so long")
     quality.add_argument("--time-limit", type=float, default=3600, metavar="SECONDS", help="per run (default: 3600)")
     quality.add_argument("--model", default="minilm-l6", help="an encoder with weights and a tokenizer")
@@ -305,6 +321,13 @@ def _add_quality(commands) -> None:
     quality.add_argument("--json", metavar="PATH|-", default="-", help="where the summary goes too (default: -)")
     quality.add_argument("--space", action="store_true", help="measure the gradients' sparsity instead")
     quality.set_defaults(handler=_quality)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not (found and name.isidentifier() and value):
+        raise argparse.ArgumentTypeError(f"write NAME=VALUE, for example slurm_partition=short, got {text!r}")
+    return name, value
 
 
 def _size_or_all(text: str) -> int | None:

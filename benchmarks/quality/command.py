@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from benchmarks.collect import check_destination, say
 from benchmarks.harness import models
 from benchmarks.harness.errors import InputError
 from benchmarks.lock import held
+from benchmarks.quality.cluster import Cluster, ClusterWorker
 from benchmarks.quality.ledger import Heading, Ledger
 from benchmarks.quality.schedule import run_all
 from benchmarks.quality.study import ARMS, CORE, Study, records
 from benchmarks.quality.summary import summarise, table
 from benchmarks.quality.tasks import TaskWorkload, load_task
+from benchmarks.quality.worker import TrialWorker
 from reports.reading import shown
 from reports.record import write_bytes
 
@@ -34,16 +37,23 @@ def quality_command(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and not value > 0:
             raise InputError(f"--{option.replace('_', '-')} must be positive, got {value}")
+    if arguments.cluster_option and arguments.cluster is None:
+        raise InputError("--cluster-option goes with --cluster: say which")
     asked = study_of(arguments)
     path = arguments.out / RUNS
     if not path.exists():
         # Before the directory is made: a study that cannot be leaves nothing.
         _check_workloads(asked)
+    worker = TrialWorker
+    if arguments.cluster is not None:
+        worker = Cluster(arguments.cluster, arguments.out / "cluster", dict(arguments.cluster_option))
     with held(path, "--out"):
-        _go_on(asked, path, arguments)
+        _go_on(asked, path, arguments, worker)
 
 
-def _go_on(asked: Study, path: Path, arguments: argparse.Namespace) -> None:
+def _go_on(
+    asked: Study, path: Path, arguments: argparse.Namespace, worker: Callable[[float], TrialWorker | ClusterWorker]
+) -> None:
     ledger = Ledger(path)
     if ledger.heading is None:
         say("budgets by prediction ...")
@@ -51,7 +61,7 @@ def _go_on(asked: Study, path: Path, arguments: argparse.Namespace) -> None:
     elif ledger.heading.study != asked:
         raise InputError(f"{ledger.path} is of another study ({_differences(ledger.heading.study, asked)}): {_CHOOSE}")
     seconds = None if arguments.minutes is None else arguments.minutes * 60
-    complete = run_all(ledger, arguments.jobs, say, arguments.time_limit, seconds)
+    complete = run_all(ledger, arguments.jobs, say, arguments.time_limit, seconds, worker)
     summary = summarise(ledger)
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     write_bytes(text.encode(), arguments.out / SUMMARY)

@@ -10,7 +10,6 @@ import torch
 from benchmarks import cli
 from benchmarks.harness import text
 from benchmarks.quality import command, tasks, training
-from benchmarks.quality.schedule import run_all
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def here(monkeypatch):
     monkeypatch.setattr(tasks, "VALIDATION_EXAMPLES", 20)
     monkeypatch.setattr(text, "load", functools.cache(text.load))
     worker = SimpleNamespace(run=lambda trial: training.run(trial), close=lambda: None)
-    monkeypatch.setattr(command, "run_all", functools.partial(run_all, worker=lambda limit: worker))
+    monkeypatch.setattr(command, "TrialWorker", lambda limit: worker)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
