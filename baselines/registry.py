@@ -1,17 +1,25 @@
-"""Methods by name: every concrete `Method` in this package, found by looking, so that a new file is all it takes."""
+"""Methods by name: every concrete `Method` in this package, found by looking, so that a new file is all it takes.
+
+Two kinds of names lead elsewhere, and are not among `methods()`: `peft:NAME` to a tuner of peft's, and `FILE.py:CLASS`
+to a class in a file of the user's own.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 
 import baselines
 from baselines.method import Budget, Method, MethodError
+from baselines.peft_tuner import is_peft, tuner_method
 
 # The order in which tables list them; methods not named here follow by name.
 CORE = (
@@ -53,9 +61,41 @@ def methods() -> Mapping[str, type[Method]]:
 def get(name: str) -> type[Method]:
     """The class of a method; an unknown name raises `MethodError` with the known ones."""
     known = methods()
-    if name not in known:
-        raise MethodError(f"unknown method {name!r}; the registry has: {', '.join(known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    if is_peft(name):
+        return tuner_method(name)
+    if match := re.fullmatch(r"(.+\.py):(\w+)", name):
+        return from_file(match[1], match[2])
+    raise MethodError(
+        f"unknown method {name!r}; the registry has: {', '.join(known)}, and peft:NAME and FILE.py:CLASS name others"
+    )
+
+
+@cache
+def from_file(path: str, name: str) -> type[Method]:
+    """The method that the class `name` in a file is; its own name becomes PATH:CLASS, by which any process finds it.
+
+    The file is run as Python runs a module. Raises `MethodError`.
+    """
+    if not Path(path).is_file():
+        raise MethodError(f"there is no file {path}: give FILE.py:CLASS, from the current directory or absolute")
+    spec = importlib.util.spec_from_file_location(f"method_of_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Where a dataclass, say, looks up what a class's annotations name.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise MethodError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    cls = getattr(module, name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, Method)):
+        raise MethodError(f"{path} has no class {name} that derives from baselines.method.Method")
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise MethodError(f"{name} in {path} is not complete: it lacks {missing}")
+    cls.name = f"{path}:{name}"
+    return cls
 
 
 def parse(text: str) -> list[tuple[str, Budget]]:
@@ -63,11 +103,12 @@ def parse(text: str) -> list[tuple[str, Budget]]:
 
     A number with a point or an exponent is a density, an integer is a count, AxB is kept as text. Raises `MethodError`.
     """
-    if text.strip() == "all":
-        return [(name, None) for name in methods()]
-    result = []
+    result: list[tuple[str, Budget]] = []
     for item in text.split(","):
-        match = re.fullmatch(r"\s*([A-Za-z0-9:_-]+)\s*(?:\[\s*([^\[\]\s]+)\s*\])?\s*", item)
+        if item.strip() == "all":
+            result += [(name, None) for name in methods()]
+            continue
+        match = re.fullmatch(r"\s*([^\s,\[\]]+)\s*(?:\[\s*([^\[\]\s]+)\s*\])?\s*", item)
         if not match:
             raise MethodError(
                 f"cannot read the method {item.strip()!r}; write name or name[budget], separated by commas"

@@ -113,7 +113,17 @@ def _shared_options() -> argparse.ArgumentParser:
         help="two MLP blocks: up, GELU, down, twice",
     )
     shared.add_argument(
-        "--methods", default="all", help="comma-separated names with a budget in brackets, or all (default)"
+        "--methods",
+        default="all",
+        help="comma-separated names with a budget in brackets, or all (default); peft:NAME is a tuner of peft's",
+    )
+    shared.add_argument(
+        "--method",
+        action="append",
+        dest="own_methods",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help="a method of your own besides, with a budget in brackets where it has one; may be given several times",
     )
     shared.add_argument(
         "--data", help="text to train on (default: trec for encoders, movie for decoders); glue/TASK with --hub"
@@ -547,6 +557,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; bad input is one line on stderr and exit code 2."""
     arguments = parser().parse_args(argv)
+    if getattr(arguments, "own_methods", None):
+        arguments.methods = ",".join((arguments.methods, *arguments.own_methods))
     # An exception, so that the worker under way is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

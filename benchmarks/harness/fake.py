@@ -68,6 +68,22 @@ def _no(*_: object) -> bool:
     return False
 
 
+@contextmanager
+def moved_in_place() -> Iterator[None]:
+    """Let `module.to(...)` pass that changes nothing, as libraries call it.
+
+    On real tensors it sets what is there; fake ones are exchanged, which torch refuses where somebody watches them.
+    """
+    swap = torch.utils.swap_tensors
+
+    def exchange(one: Tensor, other: Tensor) -> None:
+        if one.dtype != other.dtype or one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+            swap(one, other)
+
+    with mock.patch.object(torch.utils, "swap_tensors", exchange):
+        yield
+
+
 def value_of(tensor: Tensor) -> Tensor | None:
     """The real tensor that a fake one stands for, where it is known; a real tensor is its own."""
     if not isinstance(tensor, FakeTensor):

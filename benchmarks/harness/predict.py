@@ -61,7 +61,7 @@ from benchmarks.harness.caching_allocator import CachingAllocator, OutOfMemory, 
 from benchmarks.harness.cuda_kernels import CudaKernels, Unmodelled
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import InputError
-from benchmarks.harness.fake import KnownValues, lay_fakes, not_traced
+from benchmarks.harness.fake import KnownValues, lay_fakes, moved_in_place, not_traced
 from benchmarks.harness.memory import Event, Tracker
 from benchmarks.harness.protocol import TrackedPass, track
 from benchmarks.harness.spec import RunSpec
@@ -127,7 +127,7 @@ def _predicted(spec: RunSpec, workload: Workload) -> dict[str, object]:
     cuda = CudaKernels(cards.card(spec.gpu)) if spec.device == "cuda" else None
     tag = register_module_forward_hook(answers.tag)
     try:
-        with mode, answers, not_traced(), nullcontext() if cuda is None else cuda.functions():
+        with mode, answers, not_traced(), moved_in_place(), nullcontext() if cuda is None else cuda.functions():
             tracker = Tracker(fake=True, kernels=cuda)
             done = track(spec, workload, tracker, lambda: model, warm_up_steps=WARM_UP_STEPS)
             if cuda is None:
@@ -184,16 +184,17 @@ class Answers(KnownValues):
         # Weak: a layer that a method replaces must not outlive its place.
         self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
-    def tag(self, module: nn.Module, _: object, output: Tensor) -> None:
-        """A forward hook: the backward function of an adapted layer learns the layer's name."""
+    def tag(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A forward hook: the backward function of an adapted layer learns the layer's name, if it has one."""
         if not isinstance(module, AdaptedLinear) or output.grad_fn is None:
             return
         if module not in self._names:
             self._names.update({layer: name for name, layer in self._model.named_modules()})
-        node = output.grad_fn
-        while node is not None and not isinstance(node, BackwardCFunction):
-            node = node.next_functions[0][0]
-        if node is not None:
+        # A layer made of plain operations has none, and what comes before its input is another layer's.
+        node, before = output.grad_fn, inputs[0].grad_fn
+        while node not in (None, before) and not isinstance(node, BackwardCFunction):
+            node = node.next_functions[0][0] if node.next_functions else None
+        if node not in (None, before):
             node.metadata["layer"] = self._names[module]
 
     def done(self, func, args, result):

@@ -143,10 +143,12 @@ def test_parse(text, expected):
 
 
 def test_all_is_every_method_without_a_budget():
-    assert registry.parse(" all ") == [(name, None) for name in registry.methods()]
+    every = [(name, None) for name in registry.methods()]
+    assert registry.parse(" all ") == every
+    assert registry.parse("lora[3], all") == [("lora", 3), *every]
 
 
-@pytest.mark.parametrize("text", ["nonesuch", "lora,nonesuch[3]", "LoRA", "all,lora"])
+@pytest.mark.parametrize("text", ["nonesuch", "lora,nonesuch[3]", "LoRA", "all[3]"])
 def test_an_unknown_method_lists_the_known(text):
     with pytest.raises(MethodError, match="unknown method") as error:
         registry.parse(text)
