@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from baselines.method import Knob, LayerBytes, Method, size
-from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
+from baselines.adapter import AdapterLinear, AdapterMethod
+from baselines.method import Knob, LayerBytes, size
 from sparsegrad.products import LiveRows
-
-# A is drawn as nn.Linear draws its weight: from the seed that initialised a model it would be that weight's own rows.
-SEED_OFFSET = 1_000_003
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -56,7 +54,7 @@ class LoRAFunction(torch.autograd.Function):
         return dx, dweight, dbias, da, db, None
 
 
-class LoRALinear(AdaptedLinear):
+class LoRALinear(AdapterLinear):
     """A frozen linear layer plus a low-rank update: (..., D_in) -> (..., D_out).
 
     A is initialised as peft does it (Kaiming uniform with a = sqrt(5)) and B with zeros, so that nothing changes at
@@ -70,23 +68,21 @@ class LoRALinear(AdaptedLinear):
     """
 
     def __init__(self, linear: nn.Module, rank: int, alpha: float, dtype: torch.dtype | None = None):
-        weight = source_weight(linear)
-        super().__init__(weight.shape[1], weight.shape[0], is_transposed(linear))
+        super().__init__(linear)
         self.rank = rank
         self.scaling = alpha / rank
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", linear.bias)
-        options = {"dtype": dtype or weight.dtype, "device": weight.device}
+        options = {"dtype": dtype or self.weight.dtype, "device": self.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **options))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D_in) -> (..., D_out)."""
-        y = LoRAFunction.apply(
-            x.reshape(-1, self.in_features), self.weight, self.bias, self.lora_A, self.lora_B, self.scaling
-        )
-        return y.view(*x.shape[:-1], self.out_features)
+    def of_rows(self, x: Tensor) -> Tensor:
+        """(T, D_in) -> (T, D_out)."""
+        return LoRAFunction.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+
+    def own(self) -> tuple[nn.Parameter, ...]:
+        """A and B."""
+        return self.lora_A, self.lora_B
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -98,36 +94,22 @@ class LoRALinear(AdaptedLinear):
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
 
 
-class LoRA(Method):
+class LoRA(AdapterMethod):
     """LoRA on the target layers; alpha = 2 r, as is common practice."""
 
     name = "lora"
     knob = Knob("rank", default=7)
     alpha_over_rank = 2.0
+    layer_class: ClassVar[type[LoRALinear]] = LoRALinear
 
-    def prepare(self, model, batches):
-        """Wrap the target layers and set what trains. New weights come from the setting's seed."""
-        self.check_model(model)
+    def builder(self, model):
+        """Of `layer_class`es of the budget's rank."""
         alpha = self.alpha_over_rank * self.budget
-
-        def build(layer: nn.Module) -> LoRALinear:
-            return LoRALinear(layer, self.budget, alpha, self.setting.own_dtype(layer.weight.dtype))
-
-        with torch.random.fork_rng():
-            torch.manual_seed(self.setting.seed + SEED_OFFSET)
-            replace_layers(model, self.target_names(), build)
-        layers = [layer for _, layer in adapted_layers(model)]
-        own = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
-        self.freeze(model, own, [layer.weight for layer in layers])
+        return lambda layer: self.layer_class(layer, self.budget, alpha, self.setting.own_dtype(layer.weight.dtype))
 
     def layer_params(self, shape):
         """r (D_in + D_out)."""
         return self.budget * (shape[0] + shape[1])
-
-    @classmethod
-    def largest_budget(cls, shapes):
-        """The rank of the smallest weight."""
-        return min(min(shape) for shape in shapes)
 
     def formula(self, shape, tokens, dtype):
         """W; A and B with gradient and moments; X A^T (T, r) is saved beside X."""

@@ -20,12 +20,16 @@ CORE_COUNTED = ["lora", "meprop-example", "meprop-unified"]
 CORE_DENSITY = ["meprop-weight", "random-mask", "sparsegrad", "sparsegrad-compact", "sparsegrad-fixed"]
 CORE_DENSITY += ["sparsegrad-folded"]
 
-# What a core method trains of a target layer, beside the bias: the ends of the parameters' names.
+# What a method trains of a target layer, beside the bias: the ends of the parameters' names.
 OWN = {
+    "dora": ("lora_A", "lora_B", "m"),
     "lora": ("lora_A", "lora_B"),
+    "lora-fa": ("lora_B",),
+    "lora-xs": ("R",),
     "meprop-example": ("weight",),
     "meprop-unified": ("weight",),
     "meprop-weight": ("weight",),
+    "pissa": ("lora_A", "lora_B"),
     "random-mask": ("values",),
     "sparsegrad": ("weight",),
     "sparsegrad-compact": ("weight",),
@@ -33,6 +37,7 @@ OWN = {
     "sparsegrad-directions": ("core",),
     "sparsegrad-fixed": ("values",),
     "sparsegrad-folded": ("weight",),
+    "vera": ("lambda_d", "lambda_b"),
 }
 SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad", "sparsegrad-compact", "sparsegrad-folded")
 
@@ -228,14 +233,21 @@ def test_the_largest_budget_works_and_one_more_changes_nothing(name, build_model
 # --- what prepare does
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+# LLaMA's layers have no biases: bitfit refuses them.
+ON_FAMILIES = [
+    (family, name) for family in ("bert", "gpt2", "llama") for name in METHODS if (family, name) != ("llama", "bitfit")
+]
+
+
+@pytest.mark.parametrize(("family", "name"), ON_FAMILIES)
 def test_outputs_are_unchanged_right_after_prepare(family, name, build_model, apply, logits):
     model = build_model(family)
     before = logits(model)
     apply(name, model)
     after = logits(model)
-    assert float((after - before).abs().max()) <= 1e-5 * float(before.abs().max())
+    # LoRA-XS does not begin at the model but next to it: with entries of 1e-5 between its matrices.
+    near = 1e-4 if name == "lora-xs" else 1e-5
+    assert float((after - before).abs().max()) <= near * float(before.abs().max())
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -415,9 +427,9 @@ def test_counts_of_a_classifier(name, budget, added, own, build_model, apply):
 class OneLinear(nn.Module):
     """A layer without bias, as `formula` speaks of it."""
 
-    def __init__(self, d_out, d_in, dtype):
+    def __init__(self, d_out, d_in, dtype, bias=False):
         super().__init__()
-        self.linear = nn.Linear(d_in, d_out, bias=False, dtype=dtype)
+        self.linear = nn.Linear(d_in, d_out, bias=bias, dtype=dtype)
 
     def forward(self, x):
         return self.linear(x)
@@ -453,6 +465,8 @@ def forward_and_saved(model, x):
 
 BUDGETS = {name: [None, 1] for name in METHODS}
 BUDGETS |= {name: [None] for name in WITHOUT}
+# VeRA's default is more than the small layer can take.
+BUDGETS |= {"vera": [5, 1]}
 BUDGETS |= {"lora": [3, 1], "meprop-example": [5, 1], "meprop-unified": [5, 1], "sparsegrad-directions": [5, 1]}
 BUDGETS |= {name: [0.07, 29, 1, 1.0] for name in CORE_DENSITY}
 BUDGETS["sparsegrad-core"] = [0.07, 29, 1, 1.0, "5x3", "0x3"]
@@ -465,7 +479,8 @@ FORMULA_CASES = [(name, budget) for name in METHODS for budget in BUDGETS[name]]
 @pytest.mark.parametrize("adapter_dtype", ["same", "float32"])
 def test_formula_is_what_a_step_holds(name, budget, d_out, d_in, batch, seq, dtype, adapter_dtype):
     torch.manual_seed(0)
-    model = OneLinear(d_out, d_in, dtype)
+    # The bias is what bitfit trains, and its formula counts it.
+    model = OneLinear(d_out, d_in, dtype, bias=name == "bitfit")
     setting = Setting(
         layers={"linear": ["linear"]}, calibration_steps=3, backward=backward_from, adapter_dtype=adapter_dtype
     )
@@ -533,7 +548,8 @@ class Student(nn.Module):
 
 
 LAYERS = {"up": ["up"], "down": ["down"]}
-BUDGET = {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
+BUDGET = {"dora": 4, "lora-fa": 12, "lora-xs": 12, "pissa": 4, "vera": 240}
+BUDGET |= {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
 BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2, "sparsegrad-core": 0.7, "sparsegrad-fixed": 0.5}
 BUDGET |= {"sparsegrad-compact": 0.2, "sparsegrad-directions": 9, "sparsegrad-folded": 0.2}
 
@@ -599,8 +615,7 @@ def test_each_method_learns_by_its_own_parameters(name):
 # --- export
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("family", "name"), ON_FAMILIES)
 def test_export_computes_what_was_trained(family, name, build_model, apply, train, logits):
     model = build_model(family, torch.float64)
     before = logits(model)

@@ -14,6 +14,8 @@ from benchmarks.harness.spec import RunSpec
 BATCHES, WARM_UP_STEPS, STEPS = 3, 12, 9
 # What methods that step whole weights, entries of them in their own or another basis, or small factors can take.
 LRS = {"full": 2e-4, "gmt": 2e-4, "galore": 1e-3, "apollo": 1e-3, "meprop-example": 5e-4, "meprop-unified": 2e-3}
+# What methods can take that train a few entries between matrices that stay.
+LRS |= {"lora-xs": 2e-2, "vera": 5e-2}
 LR = 5e-3
 # The share of its loss that a method must have learnt; without its own parameters the loss does not move at all.
 LEAST = 0.05
