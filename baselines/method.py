@@ -106,7 +106,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     knob: ClassVar[Knob | None] = None
-    # Steps after which the memory pattern repeats; a peak is the peak of a whole period.
+    # Steps after which the memory pattern repeats; a peak is the peak of a whole period. Where the steps of a long one
+    # are of few kinds, one of each is measured in its stead: `begin_period` and `step_shares`.
     period: ClassVar[int] = 1
 
     def __init__(self, budget: Budget, setting: Setting):
@@ -156,6 +157,13 @@ class Method(ABC):
 
     def after_step(self, model: nn.Module) -> None:  # noqa: B027
         """Called when the optimizers have stepped, before gradients are freed."""
+
+    def begin_period(self, optimizers: Sequence[Optimizer]) -> None:  # noqa: B027
+        """Called before each period that is measured, where the next step must be the first of its kinds."""
+
+    def step_shares(self) -> Sequence[float]:
+        """How often each step of a measured period happens in training; they add up to 1 and weigh its times."""
+        return [1 / self.period] * self.period
 
     def basis_tensors(self, model: nn.Module) -> Iterator[Tensor]:
         """Tensors that are neither parameters nor optimizer state, but that the method keeps: bases, fixed indices."""

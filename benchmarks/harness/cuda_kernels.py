@@ -34,7 +34,8 @@ And beside the operations:
  - Optimizer implementations run as they are, temporaries included: on CUDA torch takes foreach where nothing is named.
 
 What is NOT modelled: the workspaces of cuDNN's attention (which torch does not know before it runs) and of cuSOLVER
-(the decomposition in SparseGrad's preparation: of the order of its matrix, hundreds of MiB for one of 11008 x 11008);
+(the decompositions in SparseGrad's preparation and in GaLore's steps: of the order of the matrix, hundreds of MiB for
+one of 11008 x 11008);
 flash's buffers for splitting K at small B x H x L; the efficient kernel's accumulators for K and V where a card's
 shared memory is too small for head sizes above 64; partial sums of reductions and of layer normalisation over more than
 65536 rows; the room of sorts, top-k and scans; copies that a matrix product makes of inputs with unusual strides;

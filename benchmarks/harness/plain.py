@@ -49,7 +49,8 @@ class PlainPass:
 
     def round(self) -> float:
         """One period of steps; gives the mean time of a step in seconds, the drawing of batches left out."""
-        return sum(self._step() for _ in range(self.period)) / self.period
+        self._state.method.begin_period(self._state.optimizers)
+        return sum(share * self._step() for share in self._state.method.step_shares())
 
     def _step(self) -> float:
         # Drawn one by one, apart from the time: batches that wait for their step would raise the high-water mark.

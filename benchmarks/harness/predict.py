@@ -20,9 +20,11 @@ What depends on values, and how it is known:
  - Tokens, masks, labels, positions, counters and what is drawn with a seed of its own are known and questions about
    them are answered (whether a batch is padded, for one), in tensors of up to `MOST_KNOWN` entries.
  - The supports of `random-mask` are the run's own where no target weight has more than `MOST_KNOWN` entries. In larger
-   ones, and in those of `sparsegrad-fixed`, which follow from gradients, the entries are taken to be spread evenly over
-   the blocks of rows. A run skips blocks without an entry and multiplies few columns of one whose entries lie in few,
-   so its backward can hold less while it makes their gradient, before dL/dX exists.
+   ones, and in those of `sparsegrad-fixed` and `sift`, which follow from gradients, the entries are taken to be spread
+   evenly over the blocks of rows. A run skips blocks without an entry and multiplies few columns of one whose entries
+   lie in few, so its backward can hold less while it makes their gradient, before dL/dX exists.
+ - The blocks of `smt`, which follow from gradients too, are taken to be spread evenly over the layers, and in a layer
+   over as many columns as they can lie in. A run whose blocks share columns saves less of X.
  - The rows of dL/dY that are zero, which every method skips, are what the workload says (`gradient_rows`): tokens whose
    output does not reach the loss. Columns, which the sparse-by-dense product skips too (`sparsegrad`,
    `meprop-weight`), are taken to hold a non-zero; where dropout or an activation could well have emptied many, the

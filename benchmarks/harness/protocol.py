@@ -188,6 +188,7 @@ def track(
     updated: list[int] = []
     torch.manual_seed(spec.seed)
     with tracker, steady_collection():
+        method.begin_period(state.optimizers)
         with tracker.phase("idle") as steps:
             for _ in range(method.period):
                 losses.append(_tracked_step(state, batch, tracker, spans, updated))
@@ -266,6 +267,7 @@ def _repeat_steps(spec: RunSpec, done: TrackedPass, phase: Phase) -> None:
     """The tracked steps once more, without the tracker."""
     # Their dropout again: which stripes of dL/dY are zero, and so are skipped, depends on it.
     torch.manual_seed(spec.seed)
+    done.state.method.begin_period(done.state.optimizers)
     for _ in range(done.state.method.period):
         training_step(done.state, done.batch, phase)
 

@@ -16,12 +16,17 @@ BUDGETED = [name for name in METHODS if get(name).knob is not None]
 WITHOUT = [name for name in METHODS if get(name).knob is None]
 DENSITY = [name for name in BUDGETED if get(name).knob.accepts_density]
 COUNTED = [name for name in BUDGETED if name not in DENSITY]
-CORE_COUNTED = ["lora", "meprop-example", "meprop-unified"]
+CORE_COUNTED = ["lora", "meprop-example", "meprop-unified", "smt", "galore", "apollo"]
 CORE_DENSITY = ["meprop-weight", "random-mask", "sparsegrad", "sparsegrad-compact", "sparsegrad-fixed"]
-CORE_DENSITY += ["sparsegrad-folded"]
+CORE_DENSITY += ["sparsegrad-folded", "gmt", "sift"]
 
-# What a method trains of a target layer, beside the bias: the ends of the parameters' names.
+# What a method trains of every target layer, beside the bias: the ends of the parameters' names. Of `smt` some layers
+# train nothing; what it trains is in its own test.
 OWN = {
+    "apollo": ("weight",),
+    "galore": ("weight",),
+    "gmt": ("weight",),
+    "sift": ("values",),
     "dora": ("lora_A", "lora_B", "m"),
     "lora": ("lora_A", "lora_B"),
     "lora-fa": ("lora_B",),
@@ -158,6 +163,13 @@ SHAPES = [(24, 16), (16, 24), (5, 7)]
         ("sparsegrad-core", 10, 10 + 10 + 10),
         ("sparsegrad-directions", 3, 3 * 24 + 3 * 16 + 3 * 5),  # k D_out
         ("sparsegrad-folded", 10, 10 + 10 + 10),
+        ("gmt", 10, 10 + 10 + 10),
+        ("sift", 10, 10 + 10 + 10),
+        ("smt", 3, 3 * 1),  # blocks of 1 x 1: larger ones leave too much of 5 or 7 over
+        ("galore", 3, 3 * 24 + 3 * 24 + 3 * 7),  # r max(D_in, D_out)
+        ("apollo", 3, 3 * 24 + 3 * 24 + 3 * 7),
+        ("gmt", 0.1, 38 + 38 + 4),
+        ("sift", 0.1, 38 + 38 + 4),
         ("meprop-weight", 0.1, 38 + 38 + 4),  # round(38.4), round(3.5) is even
         ("random-mask", 0.1, 38 + 38 + 4),
         ("sparsegrad", 0.1, 38 + 38 + 4),
@@ -177,7 +189,8 @@ def test_no_budget_no_budget_params(name):
 
 @pytest.mark.parametrize(
     ("name", "budget"),
-    [("lora", 7), ("meprop-example", 14), ("meprop-unified", 14)] + [(name, 0.01) for name in CORE_DENSITY],
+    [("lora", 7), ("meprop-example", 14), ("meprop-unified", 14), ("smt", 1), ("galore", 8), ("apollo", 8)]
+    + [(name, 0.01) for name in CORE_DENSITY],
 )
 def test_default_budgets(name, budget):
     # Rank 7 and 1 % are the paper's for BERT.
@@ -196,7 +209,8 @@ def test_default_budgets_are_near_each_other_on_bert():
 
 @pytest.mark.parametrize(
     ("name", "largest"),
-    [("lora", 5), ("meprop-example", 5), ("meprop-unified", 5)] + [(name, 35) for name in CORE_DENSITY],
+    [("lora", 5), ("meprop-example", 5), ("meprop-unified", 5), ("galore", 5), ("apollo", 5)]
+    + [(name, 35) for name in CORE_DENSITY],
 )
 def test_largest_budget_is_the_smallest_layers(name, largest):
     # The smallest of min(shape), D_out, and D_out D_in.
@@ -397,6 +411,11 @@ def test_adamw_does_not_decay_weights(build_model, apply):
     ("name", "budget", "added", "own"),
     [
         ("full", None, 0, 4 * 384),
+        ("gmt", 10, 0, 4 * 384),
+        ("sift", 10, 4 * 10, 4 * 10),
+        ("smt", 3, 3 * 64, 3 * 64),  # blocks of 8 x 8, in all layers together
+        ("galore", 3, 0, 4 * 384),
+        ("apollo", 3, 0, 4 * 384),
         ("lora", 3, 4 * 3 * 40, 4 * 3 * 40),
         ("meprop-example", 3, 0, 4 * 384),
         ("meprop-unified", 3, 0, 4 * 384),
@@ -468,6 +487,7 @@ BUDGETS |= {name: [None] for name in WITHOUT}
 # VeRA's default is more than the small layer can take.
 BUDGETS |= {"vera": [5, 1]}
 BUDGETS |= {"lora": [3, 1], "meprop-example": [5, 1], "meprop-unified": [5, 1], "sparsegrad-directions": [5, 1]}
+BUDGETS |= {"galore": [5, 1], "apollo": [5, 1], "smt": [1]}
 BUDGETS |= {name: [0.07, 29, 1, 1.0] for name in CORE_DENSITY}
 BUDGETS["sparsegrad-core"] = [0.07, 29, 1, 1.0, "5x3", "0x3"]
 FORMULA_CASES = [(name, budget) for name in METHODS for budget in BUDGETS[name]]
@@ -552,6 +572,7 @@ BUDGET = {"dora": 4, "lora-fa": 12, "lora-xs": 12, "pissa": 4, "vera": 240}
 BUDGET |= {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
 BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2, "sparsegrad-core": 0.7, "sparsegrad-fixed": 0.5}
 BUDGET |= {"sparsegrad-compact": 0.2, "sparsegrad-directions": 9, "sparsegrad-folded": 0.2}
+BUDGET |= {"gmt": 0.2, "sift": 0.5, "galore": 12, "apollo": 4}
 
 
 # The loss must fall to less than this share of what it was, and of what the rest of the model reaches by itself.

@@ -19,8 +19,11 @@ LARGEST_SIDE, MOST_TOKENS = 12, 6
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-4}
 # The budget that keeps everything of a layer of (D_out, D_in); those that always keep less are not among them. The
 # folded form steps in the basis by an optimizer of its own: its steps are compared with the published form's elsewhere.
+# GaLore and APOLLO have full fine-tuning's gradient whatever their budget, and other steps: see their own tests.
 EVERYTHING = {
     "full": lambda d_out, d_in: None,
+    "gmt": lambda d_out, d_in: d_out * d_in,
+    "sift": lambda d_out, d_in: 1.0,
     "meprop-example": lambda d_out, d_in: d_out,
     "meprop-unified": lambda d_out, d_in: d_out,
     "meprop-weight": lambda d_out, d_in: d_out * d_in,

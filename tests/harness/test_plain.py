@@ -36,6 +36,16 @@ def test_a_round_is_a_period(monkeypatch):
     assert (result["touched_steps"], result["period"]) == (WARM_UP_STEPS + 3, 3)
 
 
+def test_steps_of_a_round_count_by_how_often_they_happen(monkeypatch):
+    # GaLore decomposes in one step of 200, and in the first of a round's two.
+    it = plain_pass("galore", budget=3)
+    times = iter([400.0, 1.0])
+    monkeypatch.setattr(it._clock, "stop", lambda: next(times))
+    assert it.round() == pytest.approx(400 / 200 + 199 / 200)
+    result = it.finish()
+    assert (result["touched_steps"], result["period"]) == (WARM_UP_STEPS + 2, 2)
+
+
 def test_drawing_a_batch_is_not_timed(monkeypatch):
     it = plain_pass("full")
     events = []

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, UnsupportedFakeTensorException
 
+from baselines.method import target_shapes
 from baselines.registry import get, methods
+from baselines.smt import choose_blocks
 from benchmarks.harness import fake, models, text
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.fake import KnownValues, lay_fakes, not_traced
@@ -31,7 +33,9 @@ CORE = list(methods())
 # Four in the small weights; a prime, so that nothing divides it.
 BUDGET = {name: (7 if cls.knob else None) for name, cls in methods().items()}
 # Predicted entries are spread evenly, and where a run's lie follows from gradients: half of them leave no block empty.
-BUDGET["sparsegrad-fixed"] = 0.5
+BUDGET |= {"sparsegrad-fixed": 0.5, "sift": 0.5}
+# So are predicted blocks, and where there are few it is not known whether two lie in the same columns.
+FOLLOW_GRADIENTS = ("sparsegrad-fixed", "sift", "smt")
 
 SHAPES = {
     "layer": {"layer": (37, 53), "batch": 3, "seq": 11},
@@ -132,7 +136,13 @@ def model_path(tmp_path_factory):
 
 
 def spec(method, **options):
-    return RunSpec(method=method, budget=BUDGET[method], **{"calibration_steps": 3, "rounds": 0, **options})
+    asked = RunSpec(method=method, budget=BUDGET[method], **{"calibration_steps": 3, "rounds": 0, **options})
+    if method != "smt":
+        return asked
+    # All blocks there are: that is known.
+    workload = asked.workload()
+    model = workload.skeleton()
+    return replace(asked, budget=get("smt").largest_budget(target_shapes(model, workload.layers(model))))
 
 
 def run(a_spec):
@@ -154,8 +164,14 @@ def assert_equal_to_the_byte(a_spec):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_of_what_depends_on_values(shape):
-    assert_equal_to_the_byte(spec("sparsegrad-fixed", **SHAPES[shape]))
+@pytest.mark.parametrize("method", FOLLOW_GRADIENTS)
+def test_shapes_of_what_depends_on_values(method, shape):
+    assert_equal_to_the_byte(spec(method, **SHAPES[shape]))
+
+
+def test_one_block_of_one_layer_needs_its_columns_wherever_it_lies():
+    # 48 x 96 in blocks of 48 x 48.
+    assert_equal_to_the_byte(RunSpec("smt", budget=1, layer=(96, 48), batch=3, seq=11, calibration_steps=3, rounds=0))
 
 
 @st.composite
@@ -181,14 +197,15 @@ def shapes(draw, method):
     )
 
 
-@pytest.mark.parametrize("method", [name for name in CORE if name != "sparsegrad-fixed"])
+@pytest.mark.parametrize("method", [name for name in CORE if name not in FOLLOW_GRADIENTS])
 @settings(max_examples=3, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
 def test_any_shape(method, data):
     assert_equal_to_the_byte(data.draw(shapes(method)))
 
 
-# The forms share their functions with one another and with the methods that go through every case.
+# The others share their functions with these, or with one another.
+THROUGHOUT = ("full", "head", "lora", "meprop-example", "meprop-unified", "meprop-weight", "random-mask", "sparsegrad")
 FORM_CASES = (
     "bert-padded-sdpa-bfloat16",
     "bert-padded-eager-checkpointing",
@@ -204,8 +221,7 @@ FORM_CASES = (
         for case in MODELS
         for method in CORE
         # LLaMA's layers have no biases: bitfit refuses them.
-        if (case in FORM_CASES or not method.startswith("sparsegrad-"))
-        and not (method == "bitfit" and case.startswith("llama"))
+        if (case in FORM_CASES or method in THROUGHOUT) and not (method == "bitfit" and case.startswith("llama"))
     ],
 )
 def test_models(case, method, model_path):
@@ -468,6 +484,15 @@ def test_supports_too_large_to_be_drawn_are_spread_evenly(monkeypatch):
         # 5 blocks of 2 rows and one of 1: 22 entries are 2 a row.
         selection = Selection(torch.empty(22, dtype=torch.int32), (11, 8), block_rows=2)
     assert selection.blocks == [(0, 0, 4), (1, 4, 8), (2, 8, 12), (3, 12, 16), (4, 16, 20), (5, 20, 22)]
+
+
+def test_blocks_of_which_nobody_knows_where_they_lie_are_spread_evenly():
+    with FakeTensorMode():
+        scores = {"a": torch.empty(2, 3), "b": torch.empty(3, 2)}
+        # Each layer gets its share, in columns of their own as far as there are some.
+        assert choose_blocks(scores, 5) == {"a": [(0, 0), (0, 1)], "b": [(0, 0), (0, 1), (1, 0)]}
+        every = choose_blocks(scores, 12)
+    assert all(len(set(blocks)) == 6 for blocks in every.values())
 
 
 def test_checks_of_values_still_find_what_is_wrong():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baselines.full import Full
-from baselines.registry import methods
+from baselines.registry import get, methods
 from benchmarks.harness import protocol
 from benchmarks.harness.memory import AllocatorTrace, Tracker, steady_collection
 from benchmarks.harness.plain import PlainPass
@@ -34,6 +34,18 @@ BLOCK = {"block": (48, 96), "batch": 2, "seq": 16}
 ENCODER = {"model": "minilm-l6", "batch": 4, "seq": 32}
 
 
+# What LAPACK's `syevd` asks for beside a D x D matrix, 1 + 6 D + 2 D^2 numbers and 3 + 5 D integers of 4 bytes: GaLore
+# decomposes in a step, in the smaller side of a weight, and no tracker sees it.
+LAPACK = {"galore": lambda d: 4 * (1 + 6 * d + 2 * d**2 + 3 + 5 * d)}
+
+
+def assert_agrees(method, result, smaller_side):
+    """Tracker and allocator are as one within a thousandth, but for what LAPACK takes inside an operation."""
+    beyond = LAPACK[method](smaller_side) if method in LAPACK else 0
+    slack = 1e-3 * result["peak_step_bytes"]
+    assert -slack <= result["kernel_workspace_bytes"] <= beyond + slack
+
+
 def spec(method, **options):
     options = {"calibration_steps": 2, "rounds": 0, **options}
     return RunSpec(method=method, budget=BUDGET[method], **options)
@@ -53,14 +65,13 @@ def encoder_memory():
 @pytest.mark.parametrize("shape", [LAYER, BLOCK], ids=["layer", "block"])
 @pytest.mark.parametrize("method", CORE)
 def test_the_tracker_agrees_with_the_allocator(method, shape, rest):
-    result = memory(spec(method, train_rest=rest, **shape))
-    assert abs(result["kernel_workspace_bytes"]) <= 1e-3 * result["peak_step_bytes"]
+    assert_agrees(method, memory(spec(method, train_rest=rest, **shape)), min(next(iter(shape.values()))))
 
 
 @pytest.mark.parametrize("method", CORE)
 def test_the_tracker_agrees_with_the_allocator_on_the_encoder(method, encoder_memory):
     result = encoder_memory(method)
-    assert abs(result["kernel_workspace_bytes"]) <= 1e-3 * result["peak_step_bytes"]
+    assert_agrees(method, result, 384)
     assert sum(result[name] for name in BREAKDOWN) == result["peak_step_bytes"]
     assert result["resident_bytes"] < result["peak_eval_bytes"] <= result["peak_step_bytes"]
 
@@ -89,8 +100,7 @@ def test_the_tracker_agrees_with_the_allocator_on_tiny_models(model_type, method
     path.write_text(json.dumps({"model_type": model_type, "vocab_size": 211, **TINY[model_type]}))
     # Three rows reach BERT's last layers, so that dropout makes whole stripes of dL/dY zero: the trace must see the
     # same ones as the tracker.
-    result = memory(spec(method, model=str(path), batch=3, seq=24))
-    assert abs(result["kernel_workspace_bytes"]) <= 1e-3 * result["peak_step_bytes"]
+    assert_agrees(method, memory(spec(method, model=str(path), batch=3, seq=24)), 32)
 
 
 @pytest.mark.parametrize("rest", ["all", "none"])
@@ -107,7 +117,8 @@ def test_the_breakdown_adds_up(method, rest):
 def test_the_timeline_shows_every_peak_and_ends_as_it_began(method, encoder_memory):
     for result in (memory(spec(method, **BLOCK)), encoder_memory(method)):
         timeline = Timeline.loads(result["timeline"], BREAKDOWN)
-        assert [name for name, _ in timeline.phases] == ["forward", "backward", "optimizer", "zero_grad"]
+        step = ["forward", "backward", "optimizer", "zero_grad"]
+        assert [name for name, _ in timeline.phases] == step * get(method).period
         assert len(timeline.at) <= protocol.TIMELINE_SAMPLES
         assert max(timeline.totals) == result["peak_step_bytes"]
         assert timeline.totals[0] == timeline.totals[-1] > result["resident_bytes"]  # the batch is held
@@ -268,7 +279,7 @@ def test_every_method_starts_from_the_same_outputs_and_batch(encoder_memory):
 @pytest.mark.parametrize("method", CORE)
 def test_counts(method):
     d_in, d_hidden = BLOCK["block"]
-    layers, weight, k, steps = 4, d_in * d_hidden, 3, 4
+    layers, weight, k, steps = 4, d_in * d_hidden, 3, 2 + 2 * get(method).period
     biases = 2 * (d_in + d_hidden)
     a_spec = spec(method, lr=1e-2, **BLOCK)
     plain = PlainPass(a_spec, a_spec.workload())
@@ -287,6 +298,13 @@ def test_counts(method):
         "vera": (layers * k + 2 * (d_in + d_hidden),) * 4,
         # The biases, which the rest of the model has too.
         "bitfit": (0, 0, 0, None),
+        # AdamW writes what is masked too.
+        "gmt": (layers * weight, layers * weight, layers * weight, layers * k),
+        "sift": (layers * k,) * 4,
+        # Blocks of 48 x 48, in all layers together.
+        "smt": (k * 48**2,) * 4,
+        "galore": (layers * weight, layers * weight, layers * k * d_hidden, layers * k * d_hidden),
+        "apollo": (layers * weight, layers * weight, layers * k * d_hidden, layers * k * d_hidden),
         "meprop-example": (layers * weight, layers * weight, layers * weight, 2 * k * (d_in + d_hidden)),
         "meprop-unified": (layers * weight, 2 * k * (d_in + d_hidden), layers * weight, 2 * k * (d_in + d_hidden)),
         "meprop-weight": (layers * weight, layers * k, layers * weight, layers * k),
@@ -310,7 +328,11 @@ def test_counts(method):
         assert layers * k + rest <= result["touched_params"] <= steps * layers * k + rest
     elif method == "sparsegrad-folded":
         assert steps * layers * k + rest < result["touched_params"] <= layers * weight + rest
+    elif method == "gmt":
+        assert layers * k + rest <= result["touched_params"] <= steps * layers * k + rest
     elif method in ("lora", "random-mask", "sparsegrad-core", "sparsegrad-directions", "sparsegrad-fixed", "head"):
+        assert result["touched_params"] == own[0] + rest
+    elif method in ("sift", "smt", "galore", "apollo"):
         assert result["touched_params"] == own[0] + rest
 
 

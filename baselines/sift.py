@@ -1,0 +1,75 @@
+"""Sparse Increment Fine-Tuning: a fixed support, the largest entries of the first gradient.
+
+Song et al., "Sparse is Enough in Fine-tuning Pre-trained Large Language Models", ICML 2024, arXiv 2312.11875: of each
+weight the x % of entries with the largest gradient train, and gradients and moments exist for those alone. Which they
+are is decided once. The authors' code takes the gradient of the FIRST batch, which then counts for no update; so does
+this file, whatever `calibration_steps` says.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from torch import Tensor, nn
+
+from baselines.method import EntryMethod, LayerBytes, MethodError, size
+from sparsegrad.adapted import adapted_layers, replace_layers
+from sparsegrad.basis import TransitionMatrices
+from sparsegrad.fixed import FixedLinear
+from sparsegrad.gradients import stream_gradients
+from sparsegrad.support import position_dtype
+from sparsegrad.values import check_finite
+
+CHOOSING_STEPS = 1
+
+
+def largest_positions(gradient: Tensor, k: int) -> Tensor:
+    """Rising flat positions (k,) of the k entries of largest magnitude of G (D_out, D_in), which is overwritten."""
+    found = gradient.abs_().reshape(-1).topk(k, sorted=False).indices
+    return found.to(position_dtype(gradient.numel())).sort().values
+
+
+class SIFT(EntryMethod):
+    """k entries of each target weight, those with the largest first gradient, with moments for those alone."""
+
+    name = "sift"
+
+    def prepare(self, model, batches):
+        """Choose the supports by one batch, replace the target layers, set what trains."""
+        self.check_model(model)
+        chosen: dict[str, Tensor] = {}
+
+        def consume(kind: str, name: str, gradient: Tensor) -> None:
+            check_finite(gradient)
+            chosen[name] = largest_positions(gradient, self.entries(tuple(gradient.shape)))
+
+        first = islice(batches, CHOOSING_STEPS)
+        stream_gradients(model, self.setting.layers, first, self.setting.backward, consume)
+        for name in self.target_names():
+            if name not in chosen:
+                raise MethodError(f"no gradient of {name!r} arrived to choose its entries by: give at least one batch")
+
+        for name in self.target_names():
+            replace_layers(model, [name], lambda layer, name=name: self._fixed(layer, chosen.pop(name)))
+        layers = [layer for _, layer in adapted_layers(model)]
+        self.freeze(model, [layer.values for layer in layers], [layer.weight for layer in layers])
+
+    def _fixed(self, layer: nn.Module, positions: Tensor) -> FixedLinear:
+        # In no basis but the weight's own.
+        basis = TransitionMatrices(None, None)
+        return FixedLinear.in_basis(layer, basis, positions, self.setting.own_dtype(layer.weight.dtype))
+
+    def basis_tensors(self, model):
+        """The positions of the trained entries."""
+        return (layer.index for _, layer in adapted_layers(model))
+
+    def formula(self, shape, tokens, dtype):
+        """W; k values with gradient and moments; k int32 positions."""
+        k = self.entries(shape)
+        own = size(k, self.setting.own_dtype(dtype))
+        return LayerBytes(
+            parameter=size(shape[0] * shape[1], dtype) + own,
+            gradient=own,
+            optimizer=2 * own,
+            basis=size(k, position_dtype(shape[0] * shape[1])),
+        )
