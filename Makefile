@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= results
 TEST_JOBS ?= 2
 TRACKED := benchmarks/reference/records.json
+HISTORY := benchmarks/reference/history.jsonl
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -39,10 +40,11 @@ compare: $(VENV)/.complete
 	$(BIN)/python -m benchmarks.tracked --json $(OUT)/tracked.json
 	$(BIN)/sparsegrad-bench compare $(TRACKED) $(OUT)/tracked.json --fail-on change --markdown $(OUT)/compare.md
 
-# Makes them the committed ones, to be read in the diff; also with other versions of torch and transformers.
+# Makes them the committed ones, to be read in the diff; also with other versions of torch and transformers. The history
+# has each commit at which that was done.
 reference: $(VENV)/.complete
 	$(BIN)/python -m benchmarks.tracked --json $(OUT)/tracked.json
-	$(BIN)/sparsegrad-bench compare $(TRACKED) $(OUT)/tracked.json --environment warn --update
+	$(BIN)/sparsegrad-bench compare $(TRACKED) $(OUT)/tracked.json --environment warn --update --history $(HISTORY)
 
 clean:
 	rm -rf $(VENV) build dist results

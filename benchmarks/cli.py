@@ -62,6 +62,7 @@ CLAIM_EXAMPLES = """examples:
 """
 REPORT_EXAMPLES = """examples:
   sparsegrad-bench report results/records.json --out results
+  sparsegrad-bench report --history history.jsonl --out trend
 """
 COMPARE_EXAMPLES = """exit codes, of several the first:
   2  bad usage or unreadable input
@@ -74,6 +75,7 @@ examples:
   sparsegrad-bench compare reference.json new.json --markdown - >> "$GITHUB_STEP_SUMMARY"
   sparsegrad-bench compare reference.json out.json --environment warn --thresholds ours.json --json comparison.json
   sparsegrad-bench compare reference.json new.json --update
+  sparsegrad-bench compare reference.json new.json --history history.jsonl --commit "$(git rev-parse HEAD)"
 """
 
 
@@ -372,11 +374,13 @@ def _add_report(commands) -> None:
     report = commands.add_parser(
         "report",
         help="turn records into a CSV, figures and one HTML page",
-        description="Write records.csv, PNG figures and one self-contained index.html.",
+        description="Write records.csv, PNG figures and one self-contained index.html; with --history also "
+        "trend.html, which says which commit moved what, history.csv and moves.csv.",
         epilog=REPORT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("records", nargs="+", type=Path, metavar="RECORDS.json")
+    report.add_argument("records", nargs="*", type=Path, metavar="RECORDS.json", help="needed without --history")
+    report.add_argument("--history", type=Path, metavar="FILE", help="what compare --history has written")
     report.add_argument("--out", type=Path, required=True, metavar="DIR")
     report.set_defaults(handler=_report)
 
@@ -423,6 +427,19 @@ def _add_compare(commands) -> None:
         action="store_true",
         help="make the new results the reference, and exit with 0; not where benchmarks, runs or figures are missing, "
         "or something is not comparable",
+    )
+    compare.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="append the new results as a line to FILE, which report --history draws; with --update only where they "
+        "become the reference",
+    )
+    compare.add_argument(
+        "--commit",
+        metavar="NAME",
+        help="the commit that --history has them under, such as that of your own method (default: the suite's, from "
+        "the new results)",
     )
     compare.set_defaults(handler=_compare)
 
@@ -539,11 +556,20 @@ def _refuse_of_study(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from benchmarks.harness.errors import InputError
+    from reports.history import History, Trend
     from reports.page import PAGE, write_report
+    from reports.thresholds import read_thresholds
+    from reports.trend import write_trend
 
+    if not arguments.records and arguments.history is None:
+        raise InputError("nothing to report: give RECORDS.json, --history FILE, or both")
     records = [record for path in arguments.records for record in read(path)]
+    lines = None if arguments.history is None else History.read(arguments.history).lines
     with held(arguments.out / PAGE, "--out"):
-        page = write_report(records, arguments.out)
+        if lines is not None:
+            say(f"trend: {write_trend(Trend.of(lines, read_thresholds()), arguments.out)}")
+        page = write_report(records, arguments.out, trend=lines is not None)
     say(f"{len(records)} records; page: {page}")
     return OK
 

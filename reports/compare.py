@@ -77,6 +77,8 @@ class Move:
     note: str = ""
     old_interval: tuple[float, float] | None = None
     new_interval: tuple[float, float] | None = None
+    # What changed of the environment that matters to the figure: field, old, new.
+    environment: tuple[tuple[str, object, object], ...] = ()
 
     @property
     def change(self) -> Fraction | None:
@@ -252,13 +254,15 @@ class _Pair:
         """The status, or the figures, that moved; `refused`: where the environment changed they are not judged."""
         if self.old.status != self.new.status:
             verdict = REGRESSION if self.old.status == "ok" else IMPROVEMENT if self.new.status == "ok" else CHANGE
-            return [Move(self.benchmark, "status", self.old.status, self.new.status, verdict, self.new.reason or "")]
+            move = Move(self.benchmark, "status", self.old.status, self.new.status, verdict, self.new.reason or "")
+            return [replace(move, environment=self._mattering("status"))]
         if self.old.status != "ok":
             return []
         found = []
         for field, old, new in self._tracked():
             move = self._move(field, old, new)
             if move is not None:
+                move = replace(move, environment=self._mattering(field))
                 found.append(self._set_aside(move) if refused else move)
         return found
 
@@ -307,13 +311,19 @@ class _Pair:
 
     def _set_aside(self, move: Move) -> Move:
         """The move without a judgement where what matters to its figure changed."""
-        changed = self._changed(VERSIONS)
-        if self._on_a_gpu or move.figure in OF_THE_MACHINE:
-            changed |= self._changed(MACHINE)
-        if not changed or None in (move.old, move.new):
+        if not move.environment or None in (move.old, move.new):
             return move
-        fields = ", ".join(sorted(field for field, *_ in changed))
+        fields = ", ".join(field for field, *_ in move.environment)
         return replace(move, verdict=INCOMPARABLE, note=f"{fields} changed")
+
+    def _mattering(self, figure: str) -> tuple[tuple[str, object, object], ...]:
+        """What changed that matters to the figure, by name of the field; to the status everything does."""
+        changed = self._changed(VERSIONS)
+        if self._on_a_gpu or figure == "status" or figure in OF_THE_MACHINE:
+            changed |= self._changed(MACHINE)
+        found = [(field, old, new) for field, old, new, _ in sorted(changed, key=lambda change: change[0])]
+        # A run that failed may not say what it ran on, which is no other environment.
+        return tuple(each for each in found if figure != "status" or None not in each)
 
     @property
     def _on_a_gpu(self) -> bool:

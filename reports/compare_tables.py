@@ -25,7 +25,10 @@ def text(comparison: Comparison) -> str:
     names = _Names(comparison)
     lines = []
     if comparison.moves:
-        rows = [HEADINGS, *([printable(cell) for cell in _cells(move, names)] for move in comparison.moves)]
+        rows = [
+            HEADINGS,
+            *([printable(cell) for cell in cells(move, names(move.benchmark))] for move in comparison.moves),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS) - 1)]
         for row in rows:
             left = [row[i].ljust(widths[i]) for i in (0, 1)]
@@ -43,7 +46,7 @@ def markdown(comparison: Comparison) -> str:
     if comparison.moves:
         lines += ["| " + " | ".join(HEADINGS) + " |", "|---|---|--:|--:|--:|--:|---|"]
         for move in comparison.moves[:MOST_LINES]:
-            lines.append("| " + " | ".join(escaped(cell) for cell in _cells(move, names)) + " |")
+            lines.append("| " + " | ".join(escaped(cell) for cell in cells(move, names(move.benchmark))) + " |")
         lines += ["", *_more(len(comparison.moves), "figures that moved")]
     remarks = list(_remarks(comparison, names))
     lines += [f"- {escaped(what)}: {escaped(said)}" for what, said in remarks[:MOST_LINES]]
@@ -53,18 +56,23 @@ def markdown(comparison: Comparison) -> str:
 
 def summary(comparison: Comparison) -> str:
     """The counts in a line."""
-    counted = [(comparison.number(verdict), _PLURALS[verdict]) for verdict in VERDICTS]
-    counted += [
+    found = [(comparison.number(verdict), _PLURALS[verdict]) for verdict in VERDICTS]
+    found += [
         (len(comparison.missing), ("benchmark missing", "benchmarks missing")),
         (len(comparison.elsewhere), ("benchmark under other conditions", "benchmarks under other conditions")),
         (len(comparison.added), ("new benchmark", "new benchmarks")),
     ]
-    said = [_number(number, *words) for number, words in counted if number]
+    said = [_number(number, *words) for number, words in found if number]
     compared = f"{_number(comparison.benchmarks, 'benchmark', 'benchmarks')} compared"
     compared += f" in {_number(comparison.figures, 'figure', 'figures')}"
     if comparison.environment and comparison.policy == "refuse":
         said.append("the environment changed")
     return f"{compared}: {', '.join(said) or 'nothing moved'}"
+
+
+def counted(number: int, verdict: str) -> str:
+    """So many moves with this verdict, in words."""
+    return _number(number, *_PLURALS[verdict])
 
 
 def data(comparison: Comparison, problems: Sequence[str]) -> dict[str, object]:
@@ -132,6 +140,34 @@ def smaller_is_better(records: Iterable[Record], thresholds: Mapping[str, Thresh
     return entries
 
 
+def cells(move: Move, benchmark: str) -> tuple[str, ...]:
+    """A move as a row under `HEADINGS`; `benchmark` is the name of its benchmark."""
+    return (
+        move.verdict,
+        move.figure,
+        value(move.figure, move.old, move.old_interval),
+        value(move.figure, move.new, move.new_interval),
+        *_change(move),
+        benchmark + (f" ({move.note})" if move.note else ""),
+    )
+
+
+def value(figure: str, given: int | float | str | None, interval: tuple[float, float] | None = None) -> str:
+    """A figure's value with its unit, and its interval where it has one."""
+    if given is None or figure == "status":
+        return tables.MISSING if given is None else str(given)
+    if isinstance(given, bool):
+        return "yes" if given else "no"
+    if figure.endswith("_bytes"):
+        return f"{tables.mib(given)} MiB"
+    if figure.endswith("_s"):
+        return f"{tables.milliseconds(given)} ms"
+    if isinstance(given, int):
+        return tables.count(given)
+    said = tables.number(given, decimals=4)
+    return said if interval is None else f"{said} ({' to '.join(tables.number(end) for end in interval)})"
+
+
 def printable(said: str) -> str:
     """The text with an escape for each character that a terminal would act on or cannot show."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in said)
@@ -163,32 +199,6 @@ class _Names:
 
     def __call__(self, benchmark: Benchmark) -> str:
         return name(benchmark, self.all)
-
-
-def _cells(move: Move, names: _Names) -> tuple[str, ...]:
-    return (
-        move.verdict,
-        move.figure,
-        _value(move.figure, move.old, move.old_interval),
-        _value(move.figure, move.new, move.new_interval),
-        *_change(move),
-        names(move.benchmark) + (f" ({move.note})" if move.note else ""),
-    )
-
-
-def _value(figure: str, value: int | float | str | None, interval: tuple[float, float] | None) -> str:
-    if value is None or figure == "status":
-        return tables.MISSING if value is None else str(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if figure.endswith("_bytes"):
-        return f"{tables.mib(value)} MiB"
-    if figure.endswith("_s"):
-        return f"{tables.milliseconds(value)} ms"
-    if isinstance(value, int):
-        return tables.count(value)
-    said = tables.number(value, decimals=4)
-    return said if interval is None else f"{said} ({' to '.join(tables.number(end) for end in interval)})"
 
 
 def _change(move: Move) -> tuple[str, str]:

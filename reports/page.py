@@ -17,6 +17,7 @@ from reports.record import RATIO_CONFIDENCE, Record
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
+TREND_PAGE = "trend.html"
 # A reason longer than this (a traceback, say) is folded away behind its beginning.
 LONGEST_REASON = 160
 # A longer name is cut short in the overview; the sections below have all of it.
@@ -148,9 +149,10 @@ class Term:
     meaning: str
 
 
-def write_report(records: Sequence[Record], out: Path) -> Path:
+def write_report(records: Sequence[Record], out: Path, trend: bool = False) -> Path:
     """Write `records.csv`, the figures and `index.html` into the directory `out`; returns the page's path.
 
+    With `trend` the page leads to the one of `reports/trend.py`, which stands beside it.
     Each file is replaced in one stroke and the page comes last, so that an interrupted run leaves the old page.
     Raises OSError where `out` cannot be written.
     """
@@ -168,7 +170,8 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
         ]
         sections.append(_section(position, workload, regimes, tuple(illustrations)))
     page = out / PAGE
-    record.write_bytes(encode(render(records, sections, sizes, _fits(records, out), _agreements(records))), page)
+    source = render(records, sections, sizes, _fits(records, out), _agreements(records), trend)
+    record.write_bytes(encode(source), page)
     return page
 
 
@@ -178,6 +181,7 @@ def render(
     sizes: Illustration | None,
     fits: Sequence[Section],
     agreements: Sequence[Section],
+    trend: bool = False,
 ) -> str:
     """The page's HTML.
 
@@ -190,6 +194,7 @@ def render(
         sizes=sizes,
         fits=fits,
         agreements=agreements,
+        trend=TREND_PAGE if trend else None,
         agreement=agreement.summary(agreement.pairs(records)),
         context_mib=capacity.CONTEXT_BYTES // tables.MIB,
         cuda=any(record.device_semantics == "cuda" for record in records),

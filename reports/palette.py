@@ -43,6 +43,17 @@ CATEGORY_COLOURS = MappingProxyType(
         "temporary_bytes": "#ddcc77",
     }
 )
+# What became of a figure, as reports/compare.py has it, and each one's shape in matplotlib's letters. What is not
+# comparable is not judged, and its mark is hollow.
+VERDICT_COLOURS = MappingProxyType(
+    {
+        "regression": "#d55e00",
+        "undecided": "#bbbbbb",
+        "change": "#ddcc77",
+        "improvement": "#56b4e9",
+    }
+)
+VERDICT_MARKERS = MappingProxyType({**dict(zip(VERDICT_COLOURS, "XdDo", strict=True)), "not comparable": "s"})
 # Lines upon the colours above, which are the same in both themes.
 INK = "#14171a"
 

@@ -16,6 +16,7 @@ from benchmarks.compare_command import CODES
 from benchmarks.harness.predict import predict
 from benchmarks.harness.spec import RunSpec
 from reports import record as record_module
+from reports.history import History
 from reports.record import Record, read, write
 from sparsegrad.adapted import adapted_layers
 from sparsegrad.basis import TransitionMatrices
@@ -380,6 +381,95 @@ def test_what_is_no_update(arguments, message, files, tmp_path, monkeypatch, cap
     assert cli.main(["compare", *arguments, "--update"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
+
+
+# --- history
+
+WHEN = "2026-01-02T03:04:05+00:00"
+COMMITTED = [replace(RECORD, commit="a" * 40, created_at=WHEN), replace(FULL, commit="a" * 40, created_at="then")]
+
+
+def test_a_line_is_appended_with_each_comparison_and_drawn(files, tmp_path, capsys):
+    history, out = tmp_path / "new" / "history.jsonl", tmp_path / "out"
+    reference, new = files(COMMITTED, COMMITTED)
+    assert cli.main(["compare", reference, new, "--history", str(history)]) == 0
+    write([replace(WORSE, commit="b" * 40 + "-dirty"), replace(FULL, commit="b" * 40 + "-dirty")], new)
+    # A regression is measured too.
+    assert cli.main(["compare", reference, new, "--history", str(history)]) == 1
+    assert capsys.readouterr().err.endswith(f"{history} has {'b' * 40}-dirty with 2 benchmarks\n")
+    lines = History.read(history).lines
+    assert [line.commit for line in lines] == ["a" * 40, "b" * 40 + "-dirty"]
+    assert [record.peak_step_bytes for record in lines[1].records] == [1001, 1000]
+    # Of results that do not say when, the time at which they were appended.
+    assert lines[0].when == WHEN < lines[1].when
+    assert "step_time_s" not in lines[0].figures
+    assert cli.main(["report", "--history", str(history), "--out", str(out)]) == 0
+    assert "bbbbbbb-dirty" in (out / "trend.html").read_text()
+    assert 'href="trend.html"' in (out / "index.html").read_text()
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".png") == [
+        "history.csv",
+        "index.html",
+        "moves.csv",
+        "records.csv",
+        "trend.html",
+    ]
+
+
+def test_a_line_that_was_cut_short_is_replaced_by_the_next(files, tmp_path):
+    history = tmp_path / "history.jsonl"
+    command = ["compare", *files(COMMITTED, COMMITTED), "--history", str(history)]
+    for name in ("one", "two"):
+        assert cli.main([*command, "--commit", name]) == 0
+    history.write_bytes(history.read_bytes()[:-9])
+    assert cli.main([*command, "--commit", "three"]) == 0
+    assert [line.commit for line in History.read(history).lines] == ["one", "three"]
+
+
+def test_an_update_is_appended_only_where_it_is_made(files, tmp_path):
+    history = tmp_path / "history.jsonl"
+    reference, new = files(COMMITTED, COMMITTED[:1])
+    command = ["compare", reference, new, "--update", "--history", str(history)]
+    assert cli.main(command) == 3
+    assert not history.exists()
+    write([replace(record, commit="b", peak_step_bytes=1001) for record in COMMITTED], new)
+    assert cli.main(command) == 0
+    (tmp_path / "reference.json").unlink()
+    assert cli.main([*command, "--commit", "c"]) == 0
+    assert [line.commit for line in History.read(history).lines] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("new", "options", "message"),
+    [
+        ([RECORD], [], "--history needs results of one commit, and these say none: name it with --commit"),
+        ([replace(RECORD, commit="a"), replace(FULL, commit="b")], [], "these say 'a' and 'b'"),
+        ([replace(RECORD, commit="a"), FULL], [], "these say 'a'"),
+        ([replace(RECORD, commit="<b>\n")], [], "must be a hash or another short name, got '<b>"),
+        ([RECORD], ["--commit", "a b"], "must be a hash or another short name, got 'a b'"),
+        ([RECORD], ["--commit", ""], "must be a hash or another short name"),
+        ([], ["--commit", "a"], "the new results hold no benchmark"),
+        ([RECORD], ["--commit", "a", "--json", "history.jsonl"], "cannot both go to history.jsonl"),
+        ([RECORD], ["--commit", "a", "--history", "new.json"], "would overwrite what is compared"),
+    ],
+)
+def test_a_history_that_cannot_be_kept_is_one_clear_line(new, options, message, files, tmp_path, monkeypatch, capsys):
+    files([RECORD], new)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "reference.json", "new.json", "--history", "history.jsonl", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_commit_without_a_history_and_a_report_of_nothing_are_bad_usage(files, tmp_path, capsys):
+    assert cli.main(["compare", *files([RECORD], [RECORD]), "--commit", "a"]) == 2
+    assert cli.main(["report", "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "give that too, or leave it out" in err
+    assert "give RECORDS.json, --history FILE, or both" in err
 
 
 # --- what every change is compared with

@@ -74,13 +74,22 @@ def bounded(path):
     return cli.main(["compare", "records.json", "records.json", "--thresholds", str(path)])
 
 
-READERS = (report, claimed, resumed_study, compared, bounded)
+def appended(path):
+    write([Record(method="lora", model="m", commit="c")], "records.json")
+    return cli.main(["compare", "records.json", "records.json", "--history", str(path)])
+
+
+def drawn(path):
+    return cli.main(["report", "--history", str(path), "--out", "out"])
+
+
+READERS = (report, claimed, resumed_study, compared, bounded, appended, drawn)
 
 
 @pytest.fixture(autouse=True)
 def nothing_begins(tmp_path, monkeypatch):
     for module, name in ((quality, "run_all"), (quality, "records"), (claim, "gather"), (page, "write_report")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("began all the same"))
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("began all the same"))
     monkeypatch.setattr(quality, "_check_workloads", lambda study: None)
     monkeypatch.chdir(tmp_path)
 
@@ -120,6 +129,14 @@ def test_a_long_line_of_a_ledger_is_not_read_whole(tmp_path, capsys):
     assert resumed_study(tmp_path / "file") == 2
     assert "line 1, is not of a study's runs: it has more than 64 MiB" in capsys.readouterr().err
     assert (tmp_path / "out" / quality.RUNS).stat().st_size == 200 * 2**20
+
+
+@pytest.mark.parametrize("made", ["binary", "nested", "a key twice", "a pickle", "empty of sense"])
+def test_a_file_that_is_no_history_is_not_written_into(made, tmp_path):
+    MADE[made](tmp_path / "file")
+    before = (tmp_path / "file").read_bytes()
+    assert appended(tmp_path / "file") == 2
+    assert (tmp_path / "file").read_bytes() == before
 
 
 def test_where_a_device_or_pipe_is_no_file_is_written(tmp_path, capsys):

@@ -109,6 +109,7 @@ def test_a_system_without_locks_goes_without(tmp_path, monkeypatch):
         ("runs.jsonl", ["quality", "--out", "here", "--arms", "head"], "--out"),
         ("index.html", ["claim", "--quick", "--out", "here"], "--out"),
         ("index.html", ["report", "records.json", "--out", "here"], "--out"),
+        ("it.jsonl", ["compare", "records.json", "records.json", "--history", "here/it.jsonl"], "--history"),
         ("out.json", ["run", "--layer", "2x3", "--methods", "full", "--json", "here/out.json"], "--json"),
         ("out.json", ["predict", "--layer", "2x3", "--methods", "full", "--json", "here/out.json"], "--json"),
     ],

@@ -104,6 +104,18 @@ def test_less_is_better_but_for_what_a_method_trains(field, verdict):
     assert verdicts(changed(PREDICTED, **{field: 1})) == [(field, verdict)]
 
 
+def test_a_move_says_what_changed_that_matters_to_its_figure():
+    after = {"torch_version": "2.14.0", "device_name": "Intel"}
+    moves = changed(policy="warn", peak_step_bytes=7, process_peak_bytes=2**40, **after).moves
+    torch, processor = ("torch_version", "2.13.0", "2.14.0"), ("device_name", "AMD EPYC", "Intel")
+    assert {move.figure: move.environment for move in moves} == {
+        "peak_step_bytes": (torch,),
+        "process_peak_bytes": (processor, torch),
+    }
+    (crashed,) = changed(status="crashed", torch_version=None, device_name="Intel").moves
+    assert crashed.environment == (processor,)
+
+
 def test_a_part_that_grows_while_the_peak_falls_is_no_regression():
     comparison = changed(peak_step_bytes=900, activation_bytes=300, gradient_bytes=0, temporary_bytes=100)
     assert dict(verdicts(comparison)) == {
