@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -31,7 +32,9 @@ def predict_command(arguments: argparse.Namespace) -> None:
             done(spec, predict(spec) if what is None else _largest(spec, what), ())
 
     if what is None:
-        collect(specs, "predicted", obtain, arguments.json)
+        records = collect(specs, "predicted", obtain, arguments.json)
+        if len(records) > 1:
+            say("\n".join(_ranking(records)))
     else:
         collect(specs, f"the largest {what}", obtain, arguments.json, lambda record: _largest_outcome(record, what))
 
@@ -133,9 +136,29 @@ def _table(records: Sequence[Record], metric: str) -> list[str]:
                 remark if record is not records[0] else "the reference",
             )
         )
+    return _aligned(rows)
+
+
+def _ranking(records: Sequence[Record]) -> list[str]:
+    """The methods under each workload as lines for a terminal, the smallest peak first, without one last."""
+    rows = [("method", "peak of a step, MiB", "resident, MiB", "preparation, MiB", "trainable", "")]
+    several = len(set(map(_conditions, records))) > 1
+    for record in sorted(records, key=lambda one: one.peak_step_bytes or math.inf):
+        sizes = (record.peak_step_bytes, record.resident_bytes, record.peak_preparation_bytes)
+        remark = tables.status(record) if record.status != "ok" else _conditions(record) if several else ""
+        rows.append((record.label, *map(tables.mib, sizes), tables.count(record.trainable_params), remark))
+    return _aligned(rows)
+
+
+def _conditions(record: Record) -> str:
+    return f"{record.model}, {record.batch} x {record.seq}, {record.dtype}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of rows whose first and last cells are words, and whose others are figures."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for method, *cells, remark in rows:
+    for first, *cells, last in rows:
         figures = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
-        lines.append("  ".join([method.ljust(widths[0]), *figures, remark]).rstrip())
+        lines.append("  ".join([first.ljust(widths[0]), *figures, last]).rstrip())
     return lines

@@ -48,6 +48,29 @@ def records_of(capsys):
     return json.loads(out), err
 
 
+# --- the table
+
+
+def test_the_methods_end_in_a_table_by_their_peaks_and_what_has_none_comes_last(predicted, monkeypatch, capsys):
+    stand_in = predictions.predict
+
+    def without(spec):
+        return replace(stand_in(spec), status="refused", reason="why", peak_step_bytes=None, resident_bytes=None)
+
+    monkeypatch.setattr(predictions, "predict", lambda spec: (without if spec.method == "head" else stand_in)(spec))
+    arguments = ["predict", "--layer", "12x20", "--batch", "2", "--seq", "3"]
+    assert cli.main([*arguments, "--methods", "lora[5],head,full,lora[2]"]) == 0
+    records, err = records_of(capsys)
+    # The records stay in the order of the methods.
+    assert [(r["method"], r["budget"]) for r in records] == [("lora", 5), ("head", None), ("full", None), ("lora", 2)]
+    heading, *rows = [line.split() for line in err.splitlines()[-5:]]
+    assert heading[:2] == ["method", "peak"]
+    assert [row[:2] for row in rows] == [["full", "6.00"], ["lora[2]", "6.00"], ["lora[5]", "6.00"], ["head", "—"]]
+    assert rows[-1][-2:] == ["refused:", "why"]
+    assert cli.main([*arguments, "--methods", "full"]) == 0
+    assert "method " not in records_of(capsys)[1]
+
+
 # --- sweeps
 
 
