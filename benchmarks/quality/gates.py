@@ -20,16 +20,19 @@ from benchmarks.quality.training import FINAL, Trial, run
 from reports.record import write_bytes
 
 EPOCHS = 3
-# Of the rates that the core study tries; one is enough where nothing is compared.
-LRS = {"full": 2e-4, "head": 1e-2}
+HEAD_LR = 1e-2
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What full fine-tuning must reach on a task, and how far below it the head alone must stay, in points."""
+    """What full fine-tuning must reach on a task, and how far below it the head alone must stay, in points.
+
+    `lr` is full fine-tuning's: on movie-sentiment the best on validation of 5e-5, 1e-4 and 2e-4.
+    """
 
     task: str
     least: float
+    lr: float = 2e-4
     head_below: float = 10.0
 
     def passed(self, full: float, head: float) -> bool:
@@ -37,7 +40,7 @@ class Gate:
         return full >= self.least and head <= full - self.head_below
 
 
-GATES = (Gate("trec", 91.0), Gate("movie-sentiment", 84.0))
+GATES = (Gate("trec", 91.0), Gate("movie-sentiment", 84.0, lr=5e-5))
 
 
 def trial(task: str, method: str, epochs: int = EPOCHS) -> Trial:
@@ -50,7 +53,7 @@ def trial(task: str, method: str, epochs: int = EPOCHS) -> Trial:
         arm=method,
         method=method,
         budget=None,
-        lr=LRS[method],
+        lr=next(gate.lr for gate in GATES if gate.task == task) if method == "full" else HEAD_LR,
         seed=0,
         steps=study.steps(len(load_task(task).data.train)),
         model=study.model,
