@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from itertools import islice
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from baselines.method import EntryMethod, LayerBytes, MethodError, size
-from sparsegrad.adapted import adapted_layers, replace_layers
-from sparsegrad.basis import TransitionMatrices
-from sparsegrad.fixed import FixedLinear
+from baselines.fixed_entries import FixedEntryMethod
+from baselines.method import MethodError
+from sparsegrad.adapted import replace_layers
 from sparsegrad.gradients import stream_gradients
 from sparsegrad.support import position_dtype
 from sparsegrad.values import check_finite
@@ -29,7 +28,7 @@ def largest_positions(gradient: Tensor, k: int) -> Tensor:
     return found.to(position_dtype(gradient.numel())).sort().values
 
 
-class SIFT(EntryMethod):
+class SIFT(FixedEntryMethod):
     """k entries of each target weight, those with the largest first gradient, with moments for those alone."""
 
     name = "sift"
@@ -50,26 +49,5 @@ class SIFT(EntryMethod):
                 raise MethodError(f"no gradient of {name!r} arrived to choose its entries by: give at least one batch")
 
         for name in self.target_names():
-            replace_layers(model, [name], lambda layer, name=name: self._fixed(layer, chosen.pop(name)))
-        layers = [layer for _, layer in adapted_layers(model)]
-        self.freeze(model, [layer.values for layer in layers], [layer.weight for layer in layers])
-
-    def _fixed(self, layer: nn.Module, positions: Tensor) -> FixedLinear:
-        # In no basis but the weight's own.
-        basis = TransitionMatrices(None, None)
-        return FixedLinear.in_basis(layer, basis, positions, self.setting.own_dtype(layer.weight.dtype))
-
-    def basis_tensors(self, model):
-        """The positions of the trained entries."""
-        return (layer.index for _, layer in adapted_layers(model))
-
-    def formula(self, shape, tokens, dtype):
-        """W; k values with gradient and moments; k int32 positions."""
-        k = self.entries(shape)
-        own = size(k, self.setting.own_dtype(dtype))
-        return LayerBytes(
-            parameter=size(shape[0] * shape[1], dtype) + own,
-            gradient=own,
-            optimizer=2 * own,
-            basis=size(k, position_dtype(shape[0] * shape[1])),
-        )
+            replace_layers(model, [name], lambda layer, name=name: self.fixed(layer, chosen.pop(name)))
+        self.freeze_all_but_values(model)
