@@ -38,7 +38,8 @@ class SIFT(FixedEntryMethod):
         self.check_model(model)
         chosen: dict[str, Tensor] = {}
 
-        def consume(kind: str, name: str, gradient: Tensor) -> None:
+        def consume(kind: str, name: str, dy: Tensor, x: Tensor) -> None:
+            gradient = dy.T @ x
             check_finite(gradient)
             chosen[name] = largest_positions(gradient, self.entries(tuple(gradient.shape)))
 

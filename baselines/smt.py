@@ -180,7 +180,8 @@ class SMT(Method):
         """Layer name -> the absolute gradients of its blocks (`blocks_of`), summed over entries and batches."""
         sums: dict[str, Tensor] = {}
 
-        def consume(kind: str, name: str, gradient: Tensor) -> None:
+        def consume(kind: str, name: str, dy: Tensor, x: Tensor) -> None:
+            gradient = dy.T @ x
             check_finite(gradient)
             if name not in sums:
                 dtype = torch.promote_types(gradient.dtype, torch.float32)

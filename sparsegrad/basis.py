@@ -3,7 +3,8 @@
 The paper stacks the weight gradients of a kind into a `D_in x D_out x N` tensor and takes the left singular vectors
 of two of its unfoldings. Those are the eigenvectors of the Gram matrices `sum_i G_i^T G_i` and `sum_i G_i G_i^T`,
 which are accumulated gradient by gradient here: the stack never exists. Where few directions of a large side are
-wanted, no Gram matrix exists either: a sketch finds them.
+wanted, no Gram matrix exists either: a sketch finds them. Nor does a gradient exist whole, but as the two factors that
+backward has, unless it is smaller than they are or both Gram matrices are wanted.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class TransitionMatrices(nn.Module):
 _BLOCK, _ROWS = 256, 64
 # More blocks would save little of the half that is not computed, and take longer to ask for than to multiply.
 _MOST_BLOCKS = 5
+# Blocks begin at multiples of it: products of columns that begin elsewhere take up to a fifth longer.
+_ALIGNMENT = 64
 # A sketch's test directions beyond the wanted ones: half as many again, and at least 8.
 _OVERSAMPLING, _LEAST_OVERSAMPLING = 0.5, 8
 # The share of a sketch's test directions that are drawn anew when it is refined.
@@ -142,6 +145,36 @@ class StreamingHOSVD:
             self.side_out.add(gradient)
         self.count += 1
 
+    def update_product(self, dy: Tensor, x: Tensor) -> None:
+        """Add the gradient G = dY^T X of dY (T, D_out) and X (T, D_in), which exists whole only where that is cheaper.
+
+        Raises `SparseGradError` for a NaN or an infinity in dY, X or G, and adds nothing; one in a G that is not made
+        is found in the sums, later.
+        """
+        if self._whole_is_cheaper(*dy.shape, x.shape[1]):
+            self.update(dy.T @ x)
+            return
+        check_finite(dy)
+        check_finite(x)
+        if self.side_in is not None:
+            self.side_in.add_product(x, dy)
+        if self.side_out is not None:
+            self.side_out.add_product(dy, x)
+        self.count += 1
+
+    def _whole_is_cheaper(self, tokens: int, d_out: int, d_in: int) -> bool:
+        """Whether to make G once and add it takes fewer multiplications than to add it from its factors.
+
+        From the factors each Gram matrix makes all of G for itself, and a sketch multiplies by both factors twice
+        where it would by G twice. With one Gram matrix or none, G is then smaller than its factors are together. Where
+        there is no token, and G is zero, there are no factors to look into.
+        """
+        sides = (self.side_in, self.side_out)
+        grams = sum(isinstance(side, _Gram) for side in sides)
+        width = sum(side.product.shape[1] for side in sides if isinstance(side, _Sketch))
+        from_factors = grams * tokens * d_out * d_in + 2 * width * tokens * (d_out + d_in)
+        return tokens == 0 or (tokens + 2 * width) * d_out * d_in < from_factors
+
     def refine(self) -> None:
         """Turn the sketches towards what was seen so far, for the gradients to come; exact sides stay as they are.
 
@@ -199,6 +232,12 @@ class _Gram:
             for block in self.blocks:
                 rows, end = block.shape
                 block.addmm_(part[end - rows : end], part[:end].T)
+            del part  # or it would live beside the next
+
+    def add_product(self, p: Tensor, q: Tensor) -> None:
+        """Add g g^T for g = p^T q, made in blocks of columns: p (T, D), q (T, K)."""
+        for part in q.split(_block(q.shape[1]), 1):
+            self.add((p.T @ part).to(self.blocks[0].dtype))
 
     def size(self) -> Tensor:
         """The trace."""
@@ -235,6 +274,19 @@ class _Sketch:
         """Add g g^T."""
         for part in _columns(g, self.product.dtype):
             self.product.addmm_(part, part.T @ self.directions)
+            del part  # or it would live beside the next
+
+    def add_product(self, p: Tensor, q: Tensor) -> None:
+        """Add g g^T for g = p^T q, which is not made: p (T, D), q (T, K)."""
+        dtype = self.product.dtype
+        turned = self.product.new_zeros(q.shape[1], self.product.shape[1])  # g^T Q
+        tokens = len(p) if p.dtype == dtype else _BLOCK
+        blocks = [slice(start, start + tokens) for start in range(0, len(p), tokens)]
+        # Nothing named: what was made of one block is gone before the next is taken.
+        for block in blocks:
+            turned.addmm_(q[block].to(dtype).T, p[block].to(dtype) @ self.directions)
+        for block in blocks:
+            self.product.addmm_(p[block].to(dtype).T, q[block].to(dtype) @ turned)
 
     def size(self) -> Tensor:
         """The largest magnitude in A Q: zero where A is (but for one Q in infinitely many)."""
@@ -246,9 +298,16 @@ class _Sketch:
         width = self.product.shape[1]
         fresh = int(_FRESH * width)
         factor = self._factor()
-        chosen = torch.linalg.qr(torch.cat([factor[:, : width - fresh], self._random(fresh)], 1)).Q
-        self.product.copy_(factor @ (factor.T @ chosen))
+        # Kept where there is room for it: never more than two matrices of float64 live here.
+        self.product.copy_(factor)
+        factor[:, width - fresh :] = self._random(fresh)
+        chosen = torch.linalg.qr(factor).Q
+        del factor
         self.directions.copy_(chosen)
+        factor = self.product.double()
+        turned = factor.T @ chosen
+        del chosen
+        self.product.copy_(factor @ turned)
 
     def leading(self, dtype: torch.dtype) -> Tensor:
         """(rank, D): the estimate's leading eigenvectors as rows."""
@@ -262,6 +321,7 @@ class _Sketch:
         # Directions that the gradients do not have are rounding, whose inverse would drown the rest.
         least = 10 * torch.finfo(self.product.dtype).eps * values[-1]
         factor = product @ (vectors * torch.where(values > least, values, torch.inf).rsqrt())
+        del product
         return factor @ torch.linalg.eigh(factor.T @ factor).eigenvectors.flip(1)
 
     def _random(self, count: int) -> Tensor:
@@ -271,7 +331,7 @@ class _Sketch:
 
 def _block(size: int) -> int:
     """How many of `size` rows or columns are taken at once."""
-    return max(_BLOCK, -(-size // _MOST_BLOCKS))
+    return max(_BLOCK, -(-size // (_MOST_BLOCKS * _ALIGNMENT)) * _ALIGNMENT)
 
 
 def _columns(g: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -322,8 +382,8 @@ def calibrate(
 ) -> dict[str, TransitionMatrices]:
     """The transition matrices of each kind of layer (the paper's preliminary phase); the model is left as it was.
 
-    Everything but the named layers is frozen meanwhile. Each weight gradient is consumed inside backward, as soon as
-    it exists, and freed: at no time do two layers' gradients live. Parameters' `.grad` must be None.
+    Every parameter is frozen meanwhile. Each weight gradient is added to the sums inside backward, from its two
+    factors, layer by layer. Parameters' `.grad` must be None.
 
     Args:
         model: any model; its mode (train or eval) is not touched.
@@ -349,7 +409,7 @@ def calibrate(
             hosvd.refine()
         backward(model, batch)
 
-    stream_gradients(model, layers, batches, step, lambda kind, name, gradient: decomposition[kind].update(gradient))
+    stream_gradients(model, layers, batches, step, lambda kind, name, dy, x: decomposition[kind].update_product(dy, x))
     result = {}
     for kind, names in layers.items():
         hosvd = decomposition.pop(kind)

@@ -300,46 +300,47 @@ class EntryStore:
         self.index = torch.arange(count, dtype=position_dtype(shape[0] * shape[1]), device=device)
         self.energy = torch.zeros(count, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
-    def update(self, gradient: Tensor) -> None:
-        """Add one gradient G (D_out, D_in), which is overwritten.
+    def update(self, dy: Tensor, x: Tensor) -> None:
+        """Add one gradient G = dY^T X, given dY (T, D_out) and X (T, D_in); of `V G U^T` a block of rows exists.
 
         Raises `SparseGradError` for a NaN or an infinity, and adds nothing.
         """
-        check_finite(gradient)
-        rotated = rotate_(gradient, self.basis)
-        known = self.index.long()
-        self.energy += torch.take(rotated, known).to(self.energy.dtype).square_()
-        # Counted: what is left are the entries that are no candidates yet.
-        rotated.put_(known, rotated.new_zeros(()).expand(known.shape))
-        del known
-        rows, width = -(-rotated.shape[0] // BLOCK_FRACTION), rotated.shape[1]
-        for i, block in enumerate(rotated.split(rows)):
-            magnitudes = block.abs().flatten()
-            new, where = magnitudes.topk(min(self.energy.numel(), magnitudes.numel()), sorted=False)
-            del magnitudes
-            energy = torch.cat((self.energy, new.to(self.energy.dtype).square_()))
-            index = torch.cat((self.index, where.add_(i * rows * width).to(self.index.dtype)))
-            del new, where
-            self.energy, kept = energy.topk(self.energy.numel(), sorted=False)
-            self.index = index[kept]
-            del energy, index, kept
+        U, V = self.basis.U, self.basis.V
+        x = x if U is None else x @ U.T
+        height, width = -(-dy.shape[1] // BLOCK_FRACTION), x.shape[1]
+        count, dtype = self.energy.numel(), self.energy.dtype
+        energy, new, where = self.energy, self.energy[:0], self.index[:0]
+        for top in range(0, dy.shape[1], height):
+            part = dy[:, top : top + height] if V is None else dy @ V[top : top + height].T
+            first, size = top * width, part.shape[1] * width
+            # One place more than there are entries, a zero for the candidates that lie in other blocks.
+            block = part.new_zeros(size + 1)
+            torch.mm(part.T, x, out=block[:size].view(-1, width))
+            del part
+            check_finite(block)
+            known = self.index.long().sub_(first)
+            known.masked_fill_((known < 0) | (known >= size), size)
+            energy = torch.take(block, known).to(dtype).square_().add_(energy)
+            # Counted: the largest of the others are sought, and a negative number comes after all of them.
+            block.abs_().put_(known, block.new_full((), -1).expand(known.shape))
+            del known
+            magnitudes, places = block[:size].topk(min(count, size), sorted=False)
+            del block
+            magnitudes = magnitudes.to(dtype)
+            new, kept = _largest(torch.cat((new, magnitudes.mul_(magnitudes.abs()))), count)
+            where = torch.cat((where, places.add_(first).to(where.dtype)))[kept]
+            del magnitudes, places, kept
+        self.energy, kept = _largest(torch.cat((energy, new)), count)
+        self.index = torch.cat((self.index, where))[kept]
 
     def chosen(self) -> Tensor:
         """The rising flat positions in G~ (D_out, k_in) of the `nnz` candidates of largest energy, (k,)."""
         return self.index[self.energy.topk(self.nnz, sorted=False).indices].sort().values
 
 
-def rotate_(gradient: Tensor, basis: TransitionMatrices) -> Tensor:
-    """`V G U^T` (D_out, k_in), written over the first columns of G (D_out, D_in) block by block; a view of them."""
-    rotated = gradient[:, : columns(basis, gradient.shape[1])]
-    if basis.U is not None:
-        rows = -(-gradient.shape[0] // BLOCK_FRACTION)
-        for source, target in zip(gradient.split(rows), rotated.split(rows), strict=True):
-            target.copy_(source @ basis.U.T)
-    if basis.V is not None:
-        for part in rotated.split(-(-rotated.shape[1] // BLOCK_FRACTION), dim=1):
-            part.copy_(basis.V @ part)
-    return rotated
+def _largest(energy: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest, or as many as there are, and where they stand."""
+    return energy.topk(min(count, energy.numel()), sorted=False)
 
 
 def choose_entries(
@@ -355,8 +356,8 @@ def choose_entries(
     """Layer name -> positions of the entries with the largest gradient energy over the batches, for `FixedLinear`.
 
     The model is left as it was. `EntryStore` says how far the choice is exact; it is made among the directions that the
-    bases have. Beyond a backward pass this holds the candidates of all layers, and of one layer at a time its gradient
-    and a block of it.
+    bases have. Beyond a backward pass this holds the candidates of all layers, and of one layer at a time an eighth of
+    its gradient in the basis.
 
     Args:
         model: the model, unconverted.
@@ -379,8 +380,8 @@ def choose_entries(
             stores[name] = EntryStore(bases[kind], shape, count, weight.dtype, weight.device)
     seen = set()
 
-    def consume(kind: str, name: str, gradient: Tensor) -> None:
-        stores[name].update(gradient)
+    def consume(kind: str, name: str, dy: Tensor, x: Tensor) -> None:
+        stores[name].update(dy, x)
         seen.add(name)
 
     stream_gradients(model, layers, batches, backward, consume)

@@ -309,8 +309,8 @@ class _Task:
         """A row for each layer and space: the shares kept, as means over the held-out batches."""
         sums: dict[tuple[str, str, str], Tensor] = {}
 
-        def consume(kind: str, name: str, gradient: Tensor) -> None:
-            for space, matrix in seen(kind, gradient):
+        def consume(kind: str, name: str, dy: Tensor, x: Tensor) -> None:
+            for space, matrix in seen(kind, dy.T @ x):
                 curve = torch.tensor(energy_kept(matrix), dtype=torch.float64)
                 sums[kind, name, space] = sums.get((kind, name, space), 0) + curve
 

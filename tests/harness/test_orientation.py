@@ -80,8 +80,8 @@ def test_a_fixed_support_holds_the_energy_that_a_dense_sum_would_choose():
     def energies(some):
         found = {}
 
-        def add(kind, name, gradient):
-            basis = bases[kind]
+        def add(kind, name, dy, x):
+            basis, gradient = bases[kind], dy.T @ x
             rotated = gradient @ basis.U.T if basis.V is None else basis.V @ gradient
             found[name] = found.get(name, 0) + rotated.square().flatten()
 

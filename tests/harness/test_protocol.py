@@ -166,6 +166,12 @@ def test_preparation_workspace_is_the_allocators_excess_too(method, dtype):
     assert memory(a_spec)["preparation_workspace_bytes"] == peaks[1] - peaks[0]
 
 
+@pytest.mark.parametrize("method", [name for name in methods() if name.startswith("sparsegrad")])
+def test_a_preparation_of_more_steps_holds_no_more(method):
+    few, many = (memory(spec(method, **BLOCK, calibration_steps=steps)) for steps in (3, 12))
+    assert few["peak_preparation_bytes"] == many["peak_preparation_bytes"]
+
+
 def test_full_fine_tuning_of_a_layer_has_the_closed_form():
     d_in, d_out, tokens = 37, 53, 33
     result = memory(spec("full", **LAYER))

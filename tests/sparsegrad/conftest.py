@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TEXT_MODEL = {
     "vocab_size": 41,
@@ -22,6 +24,32 @@ TINY = {
     "gpt2": ("AutoModelForCausalLM", {"vocab_size": 41, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 16}),
     "llama": ("AutoModelForCausalLM", {"num_key_value_heads": 1}),
 }
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations return inside, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes, default=0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.fixture
+def allocations():
+    """A context that says what operations allocate inside, for what must not exist as a whole."""
+    return Allocations
 
 
 @pytest.fixture(autouse=True)

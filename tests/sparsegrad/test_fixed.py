@@ -370,21 +370,26 @@ def in_basis(gradient, basis):
     return rotated if basis.U is None else rotated @ basis.U.T
 
 
+def factors(gradient):
+    """dY and X, of which dY^T X is the gradient exactly."""
+    return torch.eye(len(gradient), dtype=gradient.dtype), gradient
+
+
 def largest(energy, nnz):
     return energy.flatten().topk(nnz).indices.sort().values
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [2, 40])
 @pytest.mark.parametrize("directions", [3, 11])
 @pytest.mark.parametrize("sides", SIDES)
-def test_of_one_gradient_the_largest_entries_are_chosen(orthogonal, sides, directions, transposed):
+def test_of_one_gradient_the_largest_entries_are_chosen(orthogonal, sides, directions, tokens):
     basis = TransitionMatrices(
         orthogonal(11)[:directions] if "U" in sides else None, orthogonal(19) if "V" in sides else None
     )
-    gradient = torch.randn(11, 19, dtype=torch.float64).T if transposed else torch.randn(19, 11, dtype=torch.float64)
-    expected = largest(in_basis(gradient, basis).square(), 6)
+    dy, x = torch.randn(tokens, 19, dtype=torch.float64), torch.randn(tokens, 11, dtype=torch.float64)
+    expected = largest(in_basis(dy.T @ x, basis).square(), 6)
     store = EntryStore(basis, (19, 11), 6, torch.float64)
-    store.update(gradient.clone(memory_format=torch.preserve_format))
+    store.update(dy, x)
     assert store.chosen().dtype == torch.int32
     assert torch.equal(store.chosen().long(), expected)
 
@@ -400,15 +405,59 @@ def test_where_every_entry_is_a_candidate_the_choice_is_exact(orthogonal, sides,
     for _ in range(4):
         gradient = torch.randn(7, 5, dtype=dtype)
         energy += in_basis(gradient, basis).double().square()
-        store.update(gradient.clone())
+        store.update(*factors(gradient))
     assert torch.equal(store.chosen().long(), largest(energy, 18))
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_blocks_choose_what_the_whole_gradients_would(orthogonal, sides):
+    """The definition, entry by entry: old candidates add up, and the others bring what the last gradient has."""
+    basis = TransitionMatrices(orthogonal(11)[:9] if "U" in sides else None, orthogonal(19) if "V" in sides else None)
+    store = EntryStore(basis, (19, 11), 5, torch.float64)
+    candidates = dict.fromkeys(range(20), 0.0)
+    # The same rows and columns stand out every time, so that candidates stay.
+    loud = torch.rand(19, dtype=torch.float64) ** 2, torch.rand(11, dtype=torch.float64) ** 2
+    for _ in range(5):
+        dy, x = (torch.randn(4, len(scale), dtype=torch.float64) * scale for scale in loud)
+        store.update(dy, x)
+        energy = in_basis(dy.T @ x, basis).square().flatten().tolist()
+        energy = {i: candidates.get(i, 0) + each for i, each in enumerate(energy)}
+        candidates = {i: energy[i] for i in sorted(energy, key=energy.get, reverse=True)[:20]}
+        found = dict(zip(store.index.tolist(), store.energy.tolist(), strict=True))
+        assert found == pytest.approx(candidates, rel=1e-9)
+    assert store.chosen().tolist() == sorted(sorted(candidates, key=candidates.get, reverse=True)[:5])
+
+
+@pytest.mark.parametrize("nnz", [30, 96])  # 96 of 128 entries, all of which are candidates
+def test_no_entry_is_chosen_twice_where_most_are_zero(nnz):
+    gradient = torch.zeros(16, 8)
+    gradient[0, 0], gradient[9, 4] = 1, 2
+    store = EntryStore(TransitionMatrices(None, None), (16, 8), nnz)
+    for _ in range(2):
+        store.update(*factors(gradient))
+    chosen = store.chosen()
+    assert len(chosen) == len(chosen.unique()) == nnz
+    assert {0, 9 * 8 + 4} <= set(chosen.tolist())
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_no_gradient_exists_whole_to_choose_by(orthogonal, sides, allocations):
+    d_out, d_in, directions = 400, 320, 40
+    U = orthogonal(d_in, torch.float32)[:directions] if "U" in sides else None
+    V = orthogonal(d_out, torch.float32) if "V" in sides else None
+    store = EntryStore(TransitionMatrices(U, V), (d_out, d_in), 10)
+    with allocations() as made:
+        store.update(torch.randn(3, d_out), torch.randn(3, d_in))
+    # An eighth of G~, and one place.
+    width = d_in if U is None else directions
+    assert made.largest == max(4 * (d_out // 8 * width + 1), 4 * 3 * d_out)
 
 
 def test_candidates_add_up_what_is_forgotten_begins_anew(monkeypatch):
     monkeypatch.setattr(fixed, "CANDIDATES", 2)
     store = EntryStore(TransitionMatrices(None, None), (1, 6), 1)
     for row in ([3, 2, 0, 0, 0, 1], [0, 0, 2.5, 2.4, 0, 0], [0, 2.2, 0, 0, 2.6, 0], [0, 2.2, 0, 0, 0, 0]):
-        store.update(torch.tensor([row], dtype=torch.float32))
+        store.update(*factors(torch.tensor([row], dtype=torch.float32)))
     # 9 and 4; 9 and 6.25 (the 4 is forgotten); 9 and 6.76 (4.84 is not among them); 9 and 6.76.
     found = dict(zip(store.index.tolist(), store.energy.tolist(), strict=True))
     assert found.keys() == {0, 4}
@@ -423,7 +472,7 @@ def test_what_is_stored_has_one_size(orthogonal):
     for _ in range(3):
         assert store.index.shape == store.energy.shape == (24,)
         assert store.index.unique().numel() == 24
-        store.update(torch.randn(19, 11))
+        store.update(torch.randn(3, 19), torch.randn(3, 11))
 
 
 def test_more_entries_than_the_directions_offer(orthogonal):
@@ -437,7 +486,7 @@ def test_a_gradient_that_is_not_finite(bad):
     gradient = torch.ones(7, 5)
     gradient[3, 2] = bad
     with pytest.raises(SparseGradError, match="NaN or infinity"):
-        store.update(gradient)
+        store.update(*factors(gradient))
     assert torch.equal(store.energy, torch.zeros(12))
 
 

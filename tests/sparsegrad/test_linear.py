@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsegrad import SparseAdam, SparseGradError, SparseGradLinear, TransitionMatrices, merge
+from sparsegrad.linear import into_basis
 
 # (D_out, D_in): prime, wide and tall, a single row or column.
 SHAPES = [(7, 5), (5, 11), (1, 3), (3, 1)]
@@ -121,6 +122,18 @@ def test_rotating_in_and_out_rounds_once(make, dtype):
     torch.testing.assert_close(made.layer.weight.double(), expected, rtol=half_a_unit, atol=0)
     expected = made.V.T @ made.layer.weight.double() @ made.U
     torch.testing.assert_close(made.layer.to_linear().weight.double(), expected, rtol=half_a_unit, atol=0)
+
+
+@pytest.mark.parametrize("side", ["U", "V"])
+def test_what_is_rotated_is_not_copied_as_a_whole(side, orthogonal, allocations):
+    weight, matrix = torch.randn(400, 80) if side == "U" else torch.randn(80, 400), orthogonal(80, torch.float32)
+    basis = TransitionMatrices(matrix, None) if side == "U" else TransitionMatrices(None, matrix)
+    with allocations() as made:
+        rotated = into_basis(weight, basis)
+    exact = weight.double() @ matrix.T.double() if side == "U" else matrix.double() @ weight.double()
+    assert torch.equal(rotated, exact.float())
+    # The result in float32; in float64 an eighth of the weight.
+    assert sorted(set(made.sizes))[-2:] == [8 * 400 * 80 // 8, 4 * 400 * 80]
 
 
 class DenseGradient(torch.autograd.Function):
