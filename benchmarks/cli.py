@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks.collect import check_destination, collect, say
 from benchmarks.harness.fit import MOST
 from benchmarks.lock import held
-from benchmarks.options import checkpoints, fields, integer, memory, several, shape, single
+from benchmarks.options import checkpoints, fields, integer, memory, processors, several, shape, single
 from reports.compare import ENVIRONMENTS
 from reports.record import RecordError, read, unwritable
 from reports.thresholds import ThresholdsError
@@ -351,8 +351,7 @@ def _add_claim(commands) -> None:
         "claim",
         help="the paper's sentence on trial, in three readings",
         description='Judge "with identical memory requirements, our method outperforms LoRA and MeProp" in three '
-        "readings:\nequal parameters, equal peak, a fixed card. All memory is predicted, in one process; progress goes "
-        "to stderr.\n\n"
+        "readings:\nequal parameters, equal peak, a fixed card. All memory is predicted; progress goes to stderr.\n\n"
         "Writes claim.json, the records, CSV files and one self-contained index.html.",
         epilog=CLAIM_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -360,6 +359,12 @@ def _add_claim(commands) -> None:
     claim.add_argument("--out", type=Path, required=True, metavar="DIR")
     claim.add_argument(
         "--quality", type=Path, metavar="SUMMARY", help="summary.json of your own study (default: the committed one)"
+    )
+    claim.add_argument(
+        "--jobs",
+        type=integer,
+        default=min(processors(), 8),
+        help="predictions at a time (default: one for each processor, at most 8)",
     )
     claim.add_argument("--quick", action="store_true", help="RoBERTa-base alone, a minute (default: all, half an hour)")
     claim.add_argument(
@@ -482,7 +487,7 @@ def _equal_memory(arguments: argparse.Namespace) -> int:
 def _claim(arguments: argparse.Namespace) -> int:
     from benchmarks.claim.command import claim
 
-    return claim(arguments.out, arguments.quick, arguments.require, arguments.quality)
+    return claim(arguments.out, arguments.quick, arguments.require, arguments.quality, arguments.jobs)
 
 
 def run_specs(arguments: argparse.Namespace) -> list:

@@ -55,6 +55,11 @@ def memory(text: str) -> int:
     return int(float(match[1]) * 2 ** (30 if match[2] == "GiB" else 20))
 
 
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def combinations(arguments: argparse.Namespace) -> Iterator[argparse.Namespace]:
     """The arguments with one value for each option of `SWEPT`: every combination, in a fixed order.
 

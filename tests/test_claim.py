@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from html import unescape
 
 import pytest
@@ -321,7 +323,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_the_quick_claim_on_a_tiny_model(tiny, capsys):
-    assert cli.main(["claim", "--quick", "--out", str(tiny)]) == 0
+    assert cli.main(["claim", "--quick", "--out", str(tiny), "--jobs", "1"]) == 0
     found = json.loads((tiny / "claim.json").read_text())
     assert found["schema_version"] == 1
     assert found["quality"]["studied"] is False
@@ -406,6 +408,49 @@ def test_a_prediction_is_made_once_and_keeps_why_its_budget_was_chosen():
     assert len(asked) == 1
     assert [record.matched for record in records] == [True, None]
     assert len(predictor.records) == 1
+
+
+def doubled(spec):
+    """Stands for a prediction; a function of a module, which other processes can call."""
+    if spec.budget == 13:
+        raise ValueError("13")
+    return spec.blank("m", peak_step_bytes=2 * spec.budget)
+
+
+def test_several_processes_give_what_one_gives_in_the_same_order():
+    spec = RunSpec(method="lora", budget=1, model="minilm-l6")
+
+    def part(predictor, budgets):
+        # What is asked next depends on what came: the parts of a claim search.
+        return [predictor(replace(spec, budget=budget)).peak_step_bytes // 2 for budget in budgets]
+
+    parts = [[5, 3, 9], [3, 7], [9, 5, 1]]
+    found, records = [], []
+    for jobs in (1, 2):
+        with Predictor(doubled, jobs=jobs) as predictor:
+            found.append(predictor.each([partial(part, predictor, budgets) for budgets in parts]))
+            records.append([record.budget for record in predictor.records])
+    assert found == [parts, parts]
+    assert records == [[5, 3, 9, 7, 1]] * 2
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_in_a_part_is_raised_and_what_was_predicted_is_kept(jobs):
+    spec = RunSpec(method="lora", budget=1, model="minilm-l6")
+    with Predictor(doubled, jobs=jobs) as predictor:
+        predictor(spec)
+        with pytest.raises(ValueError, match="13"):
+            predictor.each([lambda: predictor(replace(spec, budget=13)), lambda: 1])
+        assert [record.budget for record in predictor.records] == [1]
+
+
+@pytest.mark.parametrize("jobs", ["0", "65", "x"])
+def test_jobs_out_of_range_are_said(tmp_path, capsys, jobs):
+    arguments = ["claim", "--quick", "--out", str(tmp_path / "out"), "--jobs", jobs]
+    with suppress(SystemExit):
+        assert cli.main(arguments) == 2
+    assert "--jobs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_papers_cases_are_named_once():

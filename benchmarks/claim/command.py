@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from benchmarks.claim import equal_parameters, equal_peak, fixed_card, paper, sensitivity
@@ -26,9 +28,11 @@ from benchmarks.rows import table
 from reports.capacity import CARDS
 from reports.claim import write_page
 from reports.page import PAGE
+from reports.reading import shown
 from reports.record import Record, meaning, to_csv, unwritable, write, write_bytes
 
 SCHEMA_VERSION = 1
+MOST_JOBS = 64  # each a process that has imported torch
 LIMITATIONS = (
     "All memory figures are predictions for the kernels and the caching allocator of a card. On 32 steps of LoRA and "
     "full fine-tuning that others measured on a T4 such predictions were within 0.1 %; SparseGrad and MeProp were "
@@ -83,11 +87,14 @@ QUICK = Scope(
 )
 
 
-def claim(out: Path, quick: bool, require: str | None = None, study: Path | None = None) -> int:
+def claim(out: Path, quick: bool, require: str | None = None, study: Path | None = None, jobs: int = 1) -> int:
     """Write everything into `out`; 1 where a verdict is required that the claim does not have, else 0.
 
-    `study` is the summary of a quality study, by default the committed one, which may not exist.
+    `study` is the summary of a quality study, by default the committed one, which may not exist; `jobs` is how many
+    predictions are made at a time.
     """
+    if not 1 <= jobs <= MOST_JOBS:
+        raise InputError(f"--jobs must be from 1 to {MOST_JOBS}, got {shown(jobs)}")
     if study is not None and not study.exists():
         raise InputError(f"--quality {study} does not exist: give the summary.json that `quality --out` writes")
     if reason := unwritable(out / "claim.json"):
@@ -96,17 +103,17 @@ def claim(out: Path, quick: bool, require: str | None = None, study: Path | None
     judge_quality(quality)  # a summary that cannot be read is said before minutes of predictions
     space = judge_space(read_space())
     with held(out / PAGE, "--out"):
-        verdict = _judge(out, quick, quality, space)
+        verdict = _judge(out, quick, quality, space, jobs)
     return 0 if require in (None, verdict) else 1
 
 
-def _judge(out: Path, quick: bool, quality: Mapping[str, object] | None, space) -> str:
+def _judge(out: Path, quick: bool, quality: Mapping[str, object] | None, space, jobs: int) -> str:
     """The verdict; all that it rests on is written into `out`."""
-    predictor = Predictor()
-    try:
-        found = gather(QUICK if quick else FULL, predictor, quality)
-    finally:
-        write(predictor.records, out / "records.json")
+    with Predictor(jobs=jobs) as predictor:
+        try:
+            found = gather(QUICK if quick else FULL, predictor, quality)
+        finally:
+            write(predictor.records, out / "records.json")
     found |= {"quick": quick, "space": space}
     write_bytes((json.dumps(found, indent=1, allow_nan=False) + "\n").encode(), out / "claim.json")
     for name in ("verdicts", "memory", "budgets", "cards", "sensitivity"):
@@ -127,35 +134,29 @@ def _judge(out: Path, quick: bool, quality: Mapping[str, object] | None, space) 
 def gather(scope: Scope, predictor: Predictor, quality: Mapping[str, object] | None) -> dict[str, object]:
     """All that `claim.json` holds but `quick` and `space`; `quality` is the study's summary, or None."""
     known = judge_quality(quality)
-    found: list[list[Found]] = []
-    for case in scope.cases:
-        say(f"reading 1, equal parameters: {case.name}")
-        found.append(equal_parameters.find(case, scope.methods, predictor))
-    for case in scope.cpu:
-        found.append(equal_parameters.find(case, scope.methods, predictor, device="cpu"))
+    axes = [(axis, case) for axis in scope.axes for case in (scope.cases if axis != "model" else (None,))]
+    methods = (PUBLISHED, *MEMORY_TRUE)
+    of_cases, of_cpu, of_cards, of_conditions = (
+        [partial(_of_case, case, scope, predictor) for case in scope.cases],
+        [partial(equal_parameters.find, case, scope.methods, predictor, device="cpu") for case in scope.cpu],
+        [partial(_of_card, axis, case, scope, predictor) for axis, case in axes],
+        [partial(sensitivity.find, methods, predictor, each) for each in sensitivity.conditions() if scope.sensitivity],
+    )
+    parts = iter(predictor.each([*of_cases, *of_cpu, *of_cards, *of_conditions]))
+    both = list(islice(parts, len(of_cases)))
+    found = [of_case for of_case, _ in both] + list(islice(parts, len(of_cpu)))
+    largest = list(islice(parts, len(of_cards)))
+    conditions = [row for rows in parts for row in rows]
+
     memory = [each.row(equal_parameters.reference(of_case)) for of_case in found for each in of_case]
     verdicts = [row for of_case in found for row in equal_parameters.verdicts(of_case)]
-
     budgets = []
-    for case, of_case in zip(scope.cases, found[: len(scope.cases)], strict=True):
-        say(f"reading 2, equal peak of a step: {case.name}")
-        published = equal_parameters.reference(of_case, PUBLISHED)
-        records = equal_peak.find(case, scope.at_peak, published, predictor, scope.reverse)
-        budgets += equal_peak.rows(case, records, published)
+    for case, (of_case, records) in zip(scope.cases, both, strict=True):
+        budgets += equal_peak.rows(case, records, equal_parameters.reference(of_case, PUBLISHED))
         verdicts.append(equal_peak.verdict(case, records, known))
+    cards = [row for each in largest for row in fixed_card.rows(each)]
+    verdicts += [row for each in largest for row in fixed_card.verdicts(each)]
 
-    cards = []
-    for axis in scope.axes:
-        for case in scope.cases if axis != "model" else (None,):
-            say(f"reading 3, fixed cards: {axis} of {case.name if case else 'decoders'}")
-            if case is None:
-                largest = fixed_card.find_model(scope.on_cards, scope.cards, predictor)
-            else:
-                largest = fixed_card.find(case, scope.on_cards, axis, scope.cards, predictor)
-            cards += fixed_card.rows(largest)
-            verdicts += fixed_card.verdicts(largest)
-
-    conditions = sensitivity.find((PUBLISHED, *MEMORY_TRUE), predictor) if scope.sensitivity else []
     readings = [
         _first(verdicts),
         _second(verdicts, budgets, known),
@@ -190,6 +191,23 @@ def gather(scope: Scope, predictor: Predictor, quality: Mapping[str, object] | N
             "predictions": len(predictor.records),
         },
     }
+
+
+def _of_case(case: Case, scope: Scope, predictor: Predictor) -> tuple[list[Found], list[Record]]:
+    """Readings 1 and 2: what was found at equal parameters, and the records at equal peaks."""
+    say(f"reading 1, equal parameters: {case.name}")
+    found = equal_parameters.find(case, scope.methods, predictor)
+    say(f"reading 2, equal peak of a step: {case.name}")
+    published = equal_parameters.reference(found, PUBLISHED)
+    return found, equal_peak.find(case, scope.at_peak, published, predictor, scope.reverse)
+
+
+def _of_card(axis: str, case: Case | None, scope: Scope, predictor: Predictor) -> list[fixed_card.Largest]:
+    """Reading 3 along an axis; the largest model has no case."""
+    say(f"reading 3, fixed cards: {axis} of {case.name if case else 'decoders'}")
+    if case is None:
+        return fixed_card.find_model(scope.on_cards, scope.cards, predictor)
+    return fixed_card.find(case, scope.on_cards, axis, scope.cards, predictor)
 
 
 _ENVIRONMENT = ("created_at", "commit", "python_version", "torch_version", "transformers_version", "platform")

@@ -22,21 +22,20 @@ VARIATIONS = (
 )
 
 
+def conditions(
+    grid: Mapping[str, Sequence[object]] = GRID, variations: Sequence[Mapping[str, object]] = VARIATIONS
+) -> list[tuple[str, Mapping[str, object]]]:
+    """Each a kind, `grid` or `variation`, and the fields of the case that it changes."""
+    gridded = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    return [("grid", changed) for changed in gridded] + [("variation", changed) for changed in variations]
+
+
 def find(
-    methods: Sequence[str],
-    predictor: Predictor,
-    case: Case = CASE,
-    grid: Mapping[str, Sequence[object]] = GRID,
-    variations: Sequence[Mapping[str, object]] = VARIATIONS,
+    methods: Sequence[str], predictor: Predictor, condition: tuple[str, Mapping[str, object]], case: Case = CASE
 ) -> list[dict[str, object]]:
-    """A row for each method of SparseGrad's and each condition, with its peak to LoRA's at as many parameters."""
-    conditions = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    return [
-        row
-        for kind, several in (("grid", conditions), ("variation", variations))
-        for changed in several
-        for row in _rows(case, kind, changed, methods, predictor)
-    ]
+    """A row for each method of SparseGrad's under the condition, with its peak to LoRA's at as many parameters."""
+    kind, changed = condition
+    return list(_rows(case, kind, changed, methods, predictor))
 
 
 def turns(rows: Sequence[Mapping[str, object]]) -> Iterator[dict[str, object]]:
