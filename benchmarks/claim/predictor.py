@@ -25,7 +25,7 @@ Found = TypeVar("Found")
 # What says why a budget was chosen, and changes nothing of what is predicted.
 _REASONS = ("matched", "equal_trainable", "equal_memory")
 # Which of the parts of `each` asks.
-_PART: ContextVar[int] = ContextVar("part", default=0)
+_PART: ContextVar[int | None] = ContextVar("part", default=None)
 
 
 class Predictor:
@@ -47,7 +47,7 @@ class Predictor:
             self._pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent)
         self._found: dict[RunSpec, Future[Record]] = {}
         self._places: dict[RunSpec, tuple[int, int]] = {}
-        self._lock, self._asked, self._said = threading.Lock(), count(), count(1)
+        self._turn, self._asked, self._said = threading.Lock(), count(), count(1)
         self._started = time.monotonic()
 
     def __enter__(self) -> Predictor:
@@ -64,16 +64,17 @@ class Predictor:
         return [self._found[spec].result() for spec in sorted(done, key=self._places.get) if not self._failed(spec)]
 
     def each(self, parts: Iterable[Callable[[], Found]]) -> list[Found]:
-        """What the parts give, in their order. With several jobs they run side by side, each asking this predictor.
+        """What the parts give, in their order. With several jobs all wait for their predictions side by side.
 
-        An error of a part is raised; the parts that have begun by then end first.
+        What they do besides, they do one at a time: it need not be safe for threads (lazy imports are not). An error
+        of a part is raised; the parts that have begun by then end first.
         """
         several = list(parts)
         if self._jobs == 1:
             return [part() for part in several]
         # As many threads as parts: a part that waits for its prediction takes no processor.
         with ThreadPoolExecutor(max(1, len(several))) as threads:
-            begun = [threads.submit(_placed, number, part) for number, part in enumerate(several)]
+            begun = [threads.submit(self._placed, number, part) for number, part in enumerate(several)]
             try:
                 return [each.result() for each in begun]
             except BaseException:
@@ -83,12 +84,11 @@ class Predictor:
     def __call__(self, spec: RunSpec) -> Record:
         """The record of `spec`."""
         key = replace(spec, **dict.fromkeys(_REASONS))
-        with self._lock:
-            asked = key in self._found
-            if not asked:
-                self._found[key] = Future() if self._pool is None else self._pool.submit(_made, self._run, key)
-            place = (_PART.get(), next(self._asked))
-            self._places[key] = min(place, self._places.get(key, place))
+        asked = key in self._found
+        if not asked:
+            self._found[key] = Future() if self._pool is None else self._pool.submit(_made, self._run, key)
+        place = (_PART.get() or 0, next(self._asked))
+        self._places[key] = min(place, self._places.get(key, place))
         found = self._found[key]
         if self._pool is None and not asked:
             try:
@@ -96,10 +96,25 @@ class Predictor:
             except BaseException:
                 del self._found[key]
                 raise
-        record = found.result()
+        record = self._waited(found)
         if not asked:
             self._say(key, record)
         return replace(record, **{name: getattr(spec, name) for name in _REASONS})
+
+    def _placed(self, number: int, part: Callable[[], Found]) -> Found:
+        _PART.set(number)  # a thread of the pool may serve several parts, one after the other
+        with self._turn:
+            return part()
+
+    def _waited(self, found: Future[Record]) -> Record:
+        """The result; a part's turn is another's while it is not there."""
+        if _PART.get() is None:
+            return found.result()
+        self._turn.release()
+        try:
+            return found.result()
+        finally:
+            self._turn.acquire()
 
     def _failed(self, spec: RunSpec) -> bool:
         return self._found[spec].exception() is not None
@@ -107,17 +122,11 @@ class Predictor:
     def _say(self, spec: RunSpec, record: Record) -> None:
         passed = time.monotonic() - self._started
         facts = f"{spec.label()}, {spec.batch} x {spec.seq}, {spec.dtype}, {spec.device}, {record.label}"
-        with self._lock:
-            say(f"[{next(self._said)}] {facts}: {outcome(record)} (after {passed:.0f} s)")
+        say(f"[{next(self._said)}] {facts}: {outcome(record)} (after {passed:.0f} s)")
 
 
 def _made(run: Callable[[RunSpec], Record], spec: RunSpec) -> Record:
     return replace(run(spec), timeline=None)
-
-
-def _placed(number: int, part: Callable[[], Found]) -> Found:
-    _PART.set(number)  # a thread of the pool may serve several parts, one after the other
-    return part()
 
 
 def _end_with_parent() -> None:
