@@ -82,6 +82,7 @@ class Suite:
         rounds = matrix.rounds(case)
         if "model" in case:
             workload = dict(zip(("batch", "seq"), matrix.MODELS[case["model"]], strict=True))
+            workload["calibration_steps"] = matrix.MODEL_CALIBRATION_STEPS
         else:
             workload = {
                 "batch": matrix.SHAPE_BATCH,
