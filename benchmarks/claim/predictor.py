@@ -56,6 +56,9 @@ class Predictor:
     def __exit__(self, *exception: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+            # Those at work would finish what they have, and what is queued for them, before they heard of it.
+            for process in multiprocessing.active_children():
+                process.terminate()
 
     @property
     def records(self) -> list[Record]:
