@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from baselines.method import Method
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
+from sparsegrad.autocast import like_linear
 from sparsegrad.products import LiveRows
 
 # Adapters are drawn as nn.Linear draws its weight: from the seed that initialised a model they would be its own rows.
@@ -69,6 +70,7 @@ class AdapterMethod(Method):
         return min(min(shape) for shape in shapes)
 
 
+@like_linear
 class BottleneckFunction(torch.autograd.Function):
     """`Y = X W^T + b + s X A^T R^T B^T` with W and A frozen: X A^T is kept for backward, and nothing of X's width.
 

@@ -7,9 +7,11 @@ from torch.autograd.function import once_differentiable
 
 from baselines.adapter import AdapterLinear, AdapterMethod
 from baselines.method import LayerBytes, MethodError, size
+from sparsegrad.autocast import like_linear
 from sparsegrad.products import LiveRows
 
 
+@like_linear
 class BiasFunction(torch.autograd.Function):
     """`Y = X W^T + b` with W frozen: its gradients need dL/dY and W, and nothing of X."""
 

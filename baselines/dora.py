@@ -13,9 +13,11 @@ from torch.autograd.function import once_differentiable
 from baselines.lora import LoRA, LoRALinear
 from baselines.method import LayerBytes, size
 from sparsegrad.adapted import adapted_layers
+from sparsegrad.autocast import like_linear, without_autocast
 from sparsegrad.products import BLOCK_FRACTION, LiveRows
 
 
+@like_linear
 class DoRAFunction(torch.autograd.Function):
     """`Y = (X W^T + s X A^T B^T) diag(g) + b` with `g = m / ||V||` (D_out,).
 
@@ -108,11 +110,13 @@ class DoRALinear(LoRALinear):
         with W.
         """
         wide = self.squares.dtype
-        A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(wide).mul(self.scaling)
-        inner = (self.weight @ A.T).to(wide).mul_(2)
-        A = A.to(wide)
-        inner += B @ (A @ A.T)
-        squares = self.squares + inner.mul_(B).sum(1)
+        # Autocast would round what the norm must not lose: the small difference that an update makes.
+        with without_autocast(self.weight.device):
+            A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(wide).mul(self.scaling)
+            inner = (self.weight @ A.T).to(wide).mul_(2)
+            A = A.to(wide)
+            inner += B @ (A @ A.T)
+            squares = self.squares + inner.mul_(B).sum(1)
         # Rounded as m was: their quotient is exactly 1 at first. Of a row of zeros it is 0, and not 0 / 0.
         return squares.clamp_min_(0).sqrt_().to(self.m.dtype).clamp_min_(torch.finfo(self.m.dtype).tiny)
 

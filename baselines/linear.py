@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsegrad.autocast import like_linear
 from sparsegrad.products import LiveRows
 
 
+@like_linear
 class LinearFunction(torch.autograd.Function):
     """`Y = X W^T + b` with its exact gradients, of which backward skips rows of dL/dY that are zero (`LiveRows`)."""
 

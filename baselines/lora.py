@@ -11,9 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from baselines.adapter import AdapterLinear, AdapterMethod
 from baselines.method import Knob, LayerBytes, size
+from sparsegrad.autocast import like_linear
 from sparsegrad.products import LiveRows
 
 
+@like_linear
 class LoRAFunction(torch.autograd.Function):
     """The layer in one function, so that no (T, D) temporary exists besides Y, dL/dY and dL/dX."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from baselines.full import FullLinear
-from baselines.method import Knob, Method, adamw
+from baselines.method import Knob, Method
 from sparsegrad.adapted import adapted_layers, replace_layers
 
 
@@ -90,6 +90,7 @@ class LowRankMethod(Method):
 
     # The rank at which GaLore's paper fine-tunes on GLUE (it also has 4).
     knob = Knob("rank", default=8)
+    is_optimizer = True
     gap: ClassVar[int] = 200  # steps between two projections, in both papers
 
     def prepare(self, model, batches):
@@ -108,7 +109,7 @@ class LowRankMethod(Method):
         known = {id(weight) for weight in weights}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         own = self.weight_optimizer(weights, lr)
-        return [own, adamw(rest, lr, self.setting.optimizer_impl)] if rest else [own]
+        return [own, self.dense_optimizer(rest, lr)] if rest else [own]
 
     def layer_params(self, shape):
         """r max(D_out, D_in): the entries of the projected gradient, which are what has moments."""

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from baselines.linear import LinearFunction
 from baselines.method import EntryMethod, Knob, LayerBytes, Method, coo_bytes, size
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
+from sparsegrad.autocast import like_linear
 from sparsegrad.linear import PRODUCTS, topk_gradient
 from sparsegrad.products import LiveRows
 
@@ -30,6 +31,7 @@ def keep_unified(dy: Tensor, k: int) -> Tensor:
     return torch.linalg.vector_norm(dy, 1, dim=0).topk(k, sorted=False).indices.sort().values
 
 
+@like_linear
 class ExampleFunction(LinearFunction):
     """Both products of backward take `dL/dY` with k elements per row. dL/dW is dense."""
 
@@ -47,6 +49,7 @@ class ExampleFunction(LinearFunction):
         return dx, dweight, dy.sum(0) if need_bias else None, None
 
 
+@like_linear
 class UnifiedFunction(LinearFunction):
     """Both products of backward take the same k outputs of `dL/dY`. dL/dW is k whole rows, as a COO tensor."""
 
@@ -69,6 +72,7 @@ class UnifiedFunction(LinearFunction):
         return dx, dweight, dy.sum(0) if need_bias else None, None
 
 
+@like_linear
 class WeightFunction(LinearFunction):
     """dL/dX is exact, dL/dW keeps its k largest entries, as a COO tensor."""
 
@@ -169,6 +173,7 @@ class MePropUnified(_MePropOutputs):
     """The same top k outputs of dL/dY for the whole minibatch; k rows of the weight are written per step."""
 
     name = "meprop-unified"
+    accumulates = False
     knob = Knob("k outputs per minibatch", default=14)
     keep = "unified"
 
@@ -187,6 +192,7 @@ class MePropWeight(EntryMethod, _MeProp):
     """The largest entries of dL/dW, in the original basis: SparseGrad without its transition matrices."""
 
     name = "meprop-weight"
+    accumulates = False
     keep = "weight"
 
     def layer_k(self, shape):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sparsegrad import SparseAdam, merge
+from sparsegrad import SparseAdam, SparseSGD, merge
 from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, weight_shape
 from sparsegrad.errors import SparseGradError
 from sparsegrad.gradients import default_backward
@@ -31,6 +31,7 @@ TASK_HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs)\.")
 
 TRAIN_REST = ("all", "none")
 ADAPTER_DTYPES = ("same", "float32")
+OPTIMIZERS = ("adamw", "sgd")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 
 
@@ -45,16 +46,25 @@ class Setting:
     layers: Mapping[str, Sequence[str]]  # kind -> names of the target layers
     train_rest: str = "all"  # all: everything outside the target weights trains; none: the method's own and the head
     adapter_dtype: str = "same"  # same: the model's dtype; float32
+    optimizer: str = "adamw"
     optimizer_impl: str = "for-loop"
+    accumulate: int = 1  # backward passes whose gradients one step of the optimizers takes
     calibration_steps: int = 30
     seed: int = 0
     backward: Callable[[nn.Module, object], None] = field(default=default_backward)
 
     def __post_init__(self):
-        words = {"train_rest": TRAIN_REST, "adapter_dtype": ADAPTER_DTYPES, "optimizer_impl": OPTIMIZER_IMPLS}
+        words = {
+            "train_rest": TRAIN_REST,
+            "adapter_dtype": ADAPTER_DTYPES,
+            "optimizer": OPTIMIZERS,
+            "optimizer_impl": OPTIMIZER_IMPLS,
+        }
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise MethodError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.accumulate < 1:
+            raise MethodError(f"accumulate must be at least 1, got {self.accumulate}")
 
     def own_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype of parameters that a method adds to weights of `model_dtype`."""
@@ -109,8 +119,24 @@ class Method(ABC):
     # Steps after which the memory pattern repeats; a peak is the peak of a whole period. Where the steps of a long one
     # are of few kinds, one of each is measured in its stead: `begin_period` and `step_shares`.
     period: ClassVar[int] = 1
+    # Whether the method is itself a way to step weights, so that no other optimizer can take its place.
+    is_optimizer: ClassVar[bool] = False
+    # Whether the gradients of several backward passes add up to that of one over all their examples. They do not where
+    # each pass chooses entries by its own examples alone.
+    accumulates: ClassVar[bool] = True
 
     def __init__(self, budget: Budget, setting: Setting):
+        if setting.accumulate > 1 and not self.accumulates:
+            raise MethodError(
+                f"{self.name} chooses entries anew in each backward pass, so that gradients accumulated over "
+                f"{setting.accumulate} are not those of one batch {setting.accumulate} times as large; "
+                "use --accumulate 1 with a larger --batch"
+            )
+        if self.is_optimizer and setting.optimizer != OPTIMIZERS[0]:
+            raise MethodError(
+                f"{self.name} is an optimizer itself, for which {setting.optimizer} cannot stand in; "
+                f"leave --optimizer {setting.optimizer} out"
+            )
         if self.knob is None:
             if budget is not None:
                 raise MethodError(f"{self.name} has no budget, got {self.name}[{budget}]")
@@ -141,19 +167,28 @@ class Method(ABC):
         """Change the model in place: calibrate, convert, freeze. `batches` are made one at a time, when drawn."""
 
     def optimizers(self, model: nn.Module, lr: float) -> list[Optimizer]:
-        """SparseAdam for the parameters with COO gradients, AdamW for all others that train."""
+        """One for the parameters with COO gradients, SparseAdam or SparseSGD, and AdamW or SGD for all others."""
         sparse = list(self.sparse_parameters(model))
         known = {id(parameter) for parameter in sparse}
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-        result: list[Optimizer] = [SparseAdam(sparse, lr=lr)] if sparse else []
-        return [*result, adamw(dense, lr, self.setting.optimizer_impl)] if dense else result
+        result: list[Optimizer] = [self.sparse_optimizer(sparse, lr)] if sparse else []
+        return [*result, self.dense_optimizer(dense, lr)] if dense else result
+
+    def sparse_optimizer(self, parameters: Sequence[nn.Parameter], lr: float) -> Optimizer:
+        """What steps the parameters with COO gradients, by the setting's `optimizer`."""
+        return SparseSGD(parameters, lr=lr) if self.setting.optimizer == "sgd" else SparseAdam(parameters, lr=lr)
+
+    def dense_optimizer(self, parameters: Sequence[nn.Parameter], lr: float) -> Optimizer:
+        """What steps parameters with dense gradients, by the setting's `optimizer` and `optimizer_impl`."""
+        make = sgd if self.setting.optimizer == "sgd" else adamw
+        return make(parameters, lr, self.setting.optimizer_impl)
 
     def sparse_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """The trainable parameters whose gradients are sparse COO tensors."""
         return iter(())
 
     def after_backward(self, model: nn.Module) -> None:  # noqa: B027
-        """Called when gradients exist, before the optimizers step."""
+        """Called once a step, when the gradients of all its backward passes exist, before the optimizers step."""
 
     def after_step(self, model: nn.Module) -> None:  # noqa: B027
         """Called when the optimizers have stepped, before gradients are freed."""
@@ -193,7 +228,7 @@ class Method(ABC):
 
     @abstractmethod
     def formula(self, shape: Shape, tokens: int, dtype: torch.dtype) -> LayerBytes:
-        """The bytes claimed for a layer of (D_out, D_in), without its bias, at `tokens` rows of input."""
+        """The bytes claimed for a layer of (D_out, D_in), without its bias, at `tokens` rows of input, with AdamW."""
 
     def counts(self, model: nn.Module, shapes: Sequence[Shape]) -> ParameterCounts:
         """Parameter counts of the prepared model; `shapes` are those of the target weights."""
@@ -277,6 +312,11 @@ def target_shapes(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> list
 def adamw(parameters: Sequence[nn.Parameter], lr: float, impl: str) -> torch.optim.AdamW:
     """AdamW in the named one of `OPTIMIZER_IMPLS`; weight decay 0, the default of transformers' Trainer."""
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, foreach=impl == "foreach", fused=impl == "fused")
+
+
+def sgd(parameters: Sequence[nn.Parameter], lr: float, impl: str) -> torch.optim.SGD:
+    """SGD without momentum, so without state, in the named one of `OPTIMIZER_IMPLS`."""
+    return torch.optim.SGD(parameters, lr=lr, foreach=impl == "foreach", fused=impl == "fused")
 
 
 def size(count: int, dtype: torch.dtype) -> int:

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from baselines.method import Knob, LayerBytes, Method, MethodError, Shape, size, target_shapes
 from sparsegrad.adapted import AdaptedLinear, adapted_layers, is_transposed, replace_layers, source_weight
+from sparsegrad.autocast import like_linear
 from sparsegrad.gradients import stream_gradients
 from sparsegrad.products import LiveRows
 from sparsegrad.values import check_finite
@@ -51,6 +52,7 @@ def blocks_of(shape: Shape, side: int) -> tuple[int, int]:
     return shape[0] // side, shape[1] // side
 
 
+@like_linear
 class SMTFunction(torch.autograd.Function):
     """`Y = X W^T + b`, where blocks of W train; of X the block columns that they lie in are saved."""
 

@@ -13,6 +13,7 @@ class SparseGrad(EntryMethod):
     """The adapter that makes the package `sparsegrad` a method under the harness."""
 
     name = "sparsegrad"
+    accumulates = False
     convert = staticmethod(convert)
 
     def prepare(self, model, batches):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from baselines.method import EntryMethod, LayerBytes, adamw, coo_bytes, size
+from baselines.method import EntryMethod, LayerBytes, coo_bytes, size
 from sparsegrad import Ranks, SparseAdam, calibrate, convert
 from sparsegrad.adapted import adapted_layers
 from sparsegrad.mlp import checked_shapes
@@ -23,6 +23,7 @@ class SparseGradCompact(EntryMethod):
     """
 
     name = "sparsegrad-compact"
+    accumulates = False
 
     def prepare(self, model, batches):
         """Calibrate on `calibration_steps` batches, convert the target layers, set what trains."""
@@ -36,13 +37,11 @@ class SparseGradCompact(EntryMethod):
         convert(model, self.setting.layers, bases, nnz=nnz, density=density, blocks=BLOCK_FRACTION)
         self.freeze(model, self.sparse_parameters(model), [])
 
-    def optimizers(self, model, lr):
-        """SparseAdam with moments of some entries for W~, AdamW for all others that train."""
-        sparse = list(self.sparse_parameters(model))
-        known = {id(parameter) for parameter in sparse}
-        dense = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-        result = [SparseAdam(sparse, lr=lr, capacity=CAPACITY)]
-        return [*result, adamw(dense, lr, self.setting.optimizer_impl)] if dense else result
+    def sparse_optimizer(self, parameters, lr):
+        """SparseAdam with moments of some entries; SparseSGD has none in either form."""
+        if self.setting.optimizer == "sgd":
+            return super().sparse_optimizer(parameters, lr)
+        return SparseAdam(parameters, lr=lr, capacity=CAPACITY)
 
     def sparse_parameters(self, model):
         """W~ of every target layer."""

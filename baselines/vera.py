@@ -12,12 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from baselines.adapter import AdapterLinear, AdapterMethod
 from baselines.method import Knob, LayerBytes, size, target_shapes
+from sparsegrad.autocast import like_linear
 from sparsegrad.products import LiveRows
 
 # What every entry of d begins with (the paper's section 3.3 and its ablation); b begins with zeros.
 INITIAL_D = 0.1
 
 
+@like_linear
 class VeRAFunction(torch.autograd.Function):
     """`Y = X W^T + bias + X A^T M^T` with `M = diag(b) B diag(d)` (D_out, r): X A^T is kept for backward, and not X.
 

@@ -29,6 +29,7 @@ LONGEST_SENTENCE = 1500  # characters
 PREDICTED_DEVICES = ("cuda", "cpu")
 ATTENTIONS = ("eager", "sdpa", "sdpa-efficient", "sdpa-flash")
 CLUSTERS = ("slurm", "local")
+OPTIMIZERS = ("adamw", "sgd")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 # Options of `quality` that do not go with --space.
 STUDYS_OWN = ("jobs", "cluster", "cluster_option", "minutes", "time_limit", "arms", "seeds")
@@ -143,7 +144,10 @@ def _shared_options() -> argparse.ArgumentParser:
     shared.add_argument("--batch", type=several(integer), default="16")
     shared.add_argument("--seq", type=several(integer), default="128")
     shared.add_argument(
-        "--dtype", type=several(str), default="float32", help="float32 (default), bfloat16, float16 or float64"
+        "--dtype",
+        type=several(str),
+        default="float32",
+        help="float32 (default), bfloat16, float16, float64, or bf16-mixed: float32 parameters under autocast",
     )
     shared.add_argument(
         "--attention",
@@ -153,6 +157,13 @@ def _shared_options() -> argparse.ArgumentParser:
         help="sdpa (default): the kernel that torch picks; behind a hyphen, one of CUDA's that it is held to",
     )
     shared.add_argument(
+        "--optimizer",
+        type=several(str),
+        default="adamw",
+        metavar=_alternatives(OPTIMIZERS),
+        help="adamw (default), or sgd without momentum; a method that is an optimizer itself takes no other",
+    )
+    shared.add_argument(
         "--optimizer-impl",
         type=several(str),
         default=(None,),
@@ -160,6 +171,13 @@ def _shared_options() -> argparse.ArgumentParser:
         help="default: torch's own",
     )
     shared.add_argument("--checkpointing", action="store_true", help="activation checkpointing (models)")
+    shared.add_argument(
+        "--accumulate",
+        type=integer,
+        default=1,
+        metavar="N",
+        help="micro-batches of --batch examples whose gradients one step takes (default: 1)",
+    )
     shared.add_argument("--lr", type=float, default=1e-4)
     shared.add_argument("--seed", type=int, default=0)
     shared.add_argument(
@@ -248,9 +266,9 @@ def _add_predict(commands) -> None:
         help="what a run would measure, without its memory",
         description="Run the measured protocol on fake tensors, which have shapes and no memory: the same records "
         "without times, losses and kernels' own workspaces.\nProgress goes to stderr.\n\n"
-        "--model, --layer, --block, --batch, --seq, --dtype, --attention, --optimizer-impl and --gpu take several "
-        "values,\nseparated by commas: every combination is predicted, the first of these options slowest, --methods "
-        "fastest.",
+        "--model, --layer, --block, --batch, --seq, --dtype, --attention, --optimizer, --optimizer-impl and --gpu take "
+        "several\nvalues, separated by commas: every combination is predicted, the first of these options slowest, "
+        "--methods\nfastest.",
         epilog=PREDICT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,7 +14,7 @@ from reports.reading import shown
 
 # The options that `predict` takes several values of, in the order in which it goes through them: the first is the
 # slowest to change.
-SWEPT = ("model", "layer", "block", "batch", "seq", "dtype", "attention", "optimizer_impl", "gpu")
+SWEPT = ("model", "layer", "block", "batch", "seq", "dtype", "attention", "optimizer", "optimizer_impl", "gpu")
 MOST_CALIBRATION_STEPS = 10_000
 
 
@@ -93,7 +93,7 @@ def single(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def fields(arguments: argparse.Namespace, device: str, **fixed: object) -> dict[str, object]:
     """The fields of a `RunSpec` that one combination of arguments gives, checked one by one. Raises `InputError`."""
-    from baselines.method import OPTIMIZER_IMPLS
+    from baselines.method import OPTIMIZER_IMPLS, OPTIMIZERS
     from benchmarks.harness.errors import InputError
     from benchmarks.harness.models import ATTENTIONS
     from benchmarks.harness.spec import RunSpec
@@ -110,6 +110,7 @@ def fields(arguments: argparse.Namespace, device: str, **fixed: object) -> dict[
         impl = arguments.optimizer_impl
     for option, value, known in (
         ("attention", arguments.attention, ATTENTIONS),
+        ("optimizer", arguments.optimizer, OPTIMIZERS),
         ("optimizer_impl", impl, OPTIMIZER_IMPLS),
     ):
         if value not in known:

@@ -23,8 +23,10 @@ CONFIGURATION = (
     "targets",
     "train_rest",
     "attention",
+    "optimizer",
     "optimizer_impl",
     "checkpointing",
+    "accumulate",
     "seed",
     "device_semantics",
 )

@@ -84,14 +84,19 @@ class Record:
         "all",
     )
     data: str | None = _f("where inputs came from")
-    batch: int | None = _f("examples per step")
+    batch: int | None = _f("examples per step, or per micro-batch where accumulate is more than 1")
     seq: int | None = _f("tokens per example, padding included")
     padding_fraction: float | None = _f("share of the measured batch's tokens that are padding")
-    dtype: str = _f("dtype of weights and activations", "float32")
+    dtype: str = _f(
+        "dtype of weights and activations; bf16-mixed: weights in float32, forward and loss under autocast to bfloat16",
+        "float32",
+    )
     adapter_dtype: str = _f("same: adapters in the model's dtype; float32: kept in float32", "same")
     attention: str | None = _f("attention implementation; None where there is no attention")
-    optimizer_impl: str = _f("implementation of AdamW: for-loop, foreach or fused", "for-loop")
+    optimizer: str = _f("of what has dense gradients: adamw or sgd, without momentum", "adamw")
+    optimizer_impl: str = _f("implementation of AdamW or SGD: for-loop, foreach or fused", "for-loop")
     checkpointing: bool = _f("activation checkpointing", False)
+    accumulate: int = _f("micro-batches of batch examples whose gradients one step of the optimizer takes", 1)
     calibration_steps: int | None = _f("backward passes that a method which calibrates may draw while it prepares")
     lr: float | None = _f("learning rate of every optimizer")
     seed: int = _f("seed of weights that are new, of data and of dropout", 0)

@@ -20,7 +20,7 @@ from sparsegrad.fixed import FixedLinear, choose_entries, convert_fixed, fixed_r
 from sparsegrad.folded import FoldedLinear, convert_folded
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.mlp import find_layers
-from sparsegrad.optim import SparseAdam
+from sparsegrad.optim import SparseAdam, SparseSGD
 from sparsegrad.products import dense_product, sparse_by_dense
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "SparseAdam",
     "SparseGradError",
     "SparseGradLinear",
+    "SparseSGD",
     "StreamingHOSVD",
     "TransitionMatrices",
     "calibrate",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsegrad.adapted import AdaptedLinear, check_unconverted, is_linear, is_transposed, replace_layers, source_weight
+from sparsegrad.autocast import cast_to, like_linear
 from sparsegrad.basis import Ranks, TransitionMatrices, check_bases
 from sparsegrad.errors import SparseGradError
 from sparsegrad.linear import out_of_basis
@@ -45,6 +46,7 @@ def core_shape(entries: int, shape: tuple[int, int]) -> Ranks:
     raise AssertionError("a core of one entry fits every weight")
 
 
+@like_linear
 class CoreFunction(torch.autograd.Function):
     """`Y = X W^T + b + ((X U^T) C^T) V`, of which only C and b train; X is not kept for backward.
 
@@ -55,8 +57,8 @@ class CoreFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, core, U, V):
         """x (T, D_in), weight (D_out, D_in), core (k_out, k_in), U (k_in, D_in), V (k_out, D_out) -> (T, D_out)."""
         y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-        low = x @ U.T
-        # Conversions copy nothing, except of the core, and except under autocast, which chooses the dtype of products.
+        # Conversions copy nothing, except of the core, and except under autocast.
+        low = x @ U.to(x.dtype).T
         left, right = (low, core.T) if V is None else (low @ core.to(low.dtype).T, V)
         y.addmm_(left, right.to(y.dtype))
         ctx.save_for_backward(low, weight, core, U, V)
@@ -67,7 +69,7 @@ class CoreFunction(torch.autograd.Function):
     def backward(ctx, dy):
         """dL/dY (T, D_out) -> dL/dX (T, D_in), dL/dC (k_out, k_in), dL/db (D_out,)."""
         low, weight, core, U, V = ctx.saved_tensors
-        low, dy = low.to(weight.dtype), dy.to(weight.dtype)
+        U, V = cast_to(U, dy.dtype), cast_to(V, dy.dtype)
         need_x, _, need_bias, need_core, _, _ = ctx.needs_input_grad
         dx = dbias = dcore = None
         live = LiveRows(dy)

@@ -26,6 +26,7 @@ from sparsegrad.adapted import (
     source_weight,
     weight_shape,
 )
+from sparsegrad.autocast import cast_to, like_linear
 from sparsegrad.basis import Ranks, TransitionMatrices
 from sparsegrad.errors import SparseGradError
 from sparsegrad.gradients import default_backward, stream_gradients
@@ -71,6 +72,7 @@ def columns(basis: TransitionMatrices, d_in: int) -> int:
     return d_in if basis.U is None else basis.U.shape[0]
 
 
+@like_linear
 class FixedFunction(torch.autograd.Function):
     """`Y = (X W^T + X U^T D^T) V + b`, where k entries of D train; U or V may be None.
 
@@ -84,11 +86,10 @@ class FixedFunction(torch.autograd.Function):
         y = x @ weight.T if bias is None or V is not None else torch.addmm(bias, x, weight.T)
         kept = x
         if U is not None:
-            kept = x @ U.T
-            # In place nothing is cast for autocast.
-            y.addmm_(kept, scattered(values, index, weight, U).T.to(y.dtype))
+            kept = x @ U.to(x.dtype).T
+            y.addmm_(kept, scattered(values, index, weight, U).T)
         if V is not None:
-            y = y @ V if bias is None else torch.addmm(bias, y, V)
+            y = y @ V.to(x.dtype) if bias is None else torch.addmm(bias, y, V.to(x.dtype))
         ctx.save_for_backward(kept, values, weight, U, V, index)
         ctx.selection = selection
         return y
@@ -100,12 +101,13 @@ class FixedFunction(torch.autograd.Function):
         kept, values, weight, U, V, index = ctx.saved_tensors
         need_x, need_values, _, need_bias = ctx.needs_input_grad[:4]
         live = LiveRows(dy)
-        # No copy of another dtype, except under autocast, where these two come in its own and the weight does not.
-        dy = live.of(dy).to(weight.dtype)
+        dy = live.of(dy)
+        # No copies, except under autocast.
+        U, V = cast_to(U, dy.dtype), cast_to(V, dy.dtype)
         dx = dvalues = None
         # The values first: the blocks of their gradient are gone before dL/dX exists.
         if need_values:
-            kept = live.of(kept).to(weight.dtype)
+            kept = live.of(kept)
             dvalues = ctx.selection.select(dy, kept, index, V).to(values.dtype)
         dbias = dy.sum(0) if need_bias else None
         del kept

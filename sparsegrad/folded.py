@@ -22,6 +22,7 @@ from sparsegrad.adapted import (
     source_weight,
     weight_shape,
 )
+from sparsegrad.autocast import cast_to, like_linear
 from sparsegrad.basis import TransitionMatrices, check_bases
 from sparsegrad.errors import SparseGradError
 from sparsegrad.products import LiveRows
@@ -35,6 +36,7 @@ STRIDES = (61, 59)
 MARGIN = 4
 
 
+@like_linear
 class FoldedFunction(torch.autograd.Function):
     """`Y = X W^T + b`; its weight gradient is the top-k of `V G U^T`, `G = (dL/dY)^T X`, as a COO tensor.
 
@@ -56,11 +58,13 @@ class FoldedFunction(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         live = LiveRows(dy)
-        # No copy of another dtype, except under autocast, where these two come in its own and the weight does not.
-        dy = live.of(dy).to(weight.dtype)
+        dy = live.of(dy)
         # The weight first: its dense gradients are gone before dL/dX exists.
         if need_weight:
-            dweight = _largest_as_coo(gradient_in_basis(dy, live.of(x).to(weight.dtype), U, V), ctx.nnz)
+            # No copies of the matrices, except under autocast.
+            U, V = cast_to(U, dy.dtype), cast_to(V, dy.dtype)
+            dweight = _largest_as_coo(gradient_in_basis(dy, live.of(x), U, V), ctx.nnz)
+            del U, V
         if need_bias:
             dbias = dy.sum(0)
         if need_x:

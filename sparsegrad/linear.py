@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsegrad.adapted import AdaptedLinear, is_linear, is_transposed, source_weight, weight_shape
+from sparsegrad.autocast import cast_to, like_linear
 from sparsegrad.basis import TransitionMatrices
 from sparsegrad.errors import SparseGradError
 from sparsegrad.products import (
@@ -38,6 +39,7 @@ PRODUCTS = {
 }
 
 
+@like_linear
 class SparseGradFunction(torch.autograd.Function):
     """`Y = X U^T W~^T V + b`; its weight gradient is the top-k of `(dL/dY V^T)^T (X U^T)` as a COO tensor.
 
@@ -47,10 +49,10 @@ class SparseGradFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, U, V, nnz, product, blocks):
         """x (T, D_in), weight W~ (D_out, D_in), U (D_in, D_in), V (D_out, D_out) -> (T, D_out)."""
-        x_basis = x if U is None else x @ U.T
+        x_basis = x if U is None else x @ U.to(x.dtype).T
         ctx.save_for_backward(x_basis, weight, U, V)
         ctx.nnz, ctx.product, ctx.blocks = nnz, product, blocks
-        left, right = (x_basis, weight.T) if V is None else (x_basis @ weight.T, V)
+        left, right = (x_basis, weight.T) if V is None else (x_basis @ weight.T, V.to(x.dtype))
         return left @ right if bias is None else torch.addmm(bias, left, right)
 
     @staticmethod
@@ -58,8 +60,8 @@ class SparseGradFunction(torch.autograd.Function):
     def backward(ctx, dy):
         """dL/dY (T, D_out) -> dL/dX (T, D_in), dL/dW~ (COO), dL/db (D_out,)."""
         x_basis, weight, U, V = ctx.saved_tensors
-        # No copies, except under autocast, where these two come in its dtype and the weight does not.
-        x_basis, dy = x_basis.to(weight.dtype), dy.to(weight.dtype)
+        # No copies, except under autocast.
+        U, V = cast_to(U, dy.dtype), cast_to(V, dy.dtype)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         live = LiveRows(dy) if ctx.product.skips_zeros else None

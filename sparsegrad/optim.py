@@ -1,4 +1,7 @@
-"""SparseAdam on (index, value) gradients, with dense moments as torch keeps them, or with moments of some entries."""
+"""Optimizers on (index, value) gradients.
+
+SparseAdam keeps dense moments as torch's does, or moments of some entries; SparseSGD keeps none.
+"""
 
 from __future__ import annotations
 
@@ -89,11 +92,7 @@ class SparseAdam(Optimizer):
                 loss = closure()
         moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, group in moved:
-            if parameter.grad.layout != torch.sparse_coo:
-                raise SparseGradError(
-                    f"SparseAdam needs sparse COO gradients, got a {parameter.grad.layout} one of shape "
-                    f"{tuple(parameter.shape)}; give this parameter to AdamW"
-                )
+            _check_sparse(parameter, "SparseAdam", "AdamW")
             if group["capacity"] is not None and parameter.grad.dense_dim():
                 raise SparseGradError(
                     "a capacity is for gradients of single entries, got one of whole rows; use capacity=None"
@@ -159,6 +158,51 @@ class SparseAdam(Optimizer):
         v.copy_(v[order])
         del order
         _add(parameter, gradient, index, _change(first, second, step, group))
+
+
+class SparseSGD(Optimizer):
+    """SGD without momentum on sparse COO gradients: `W <- W - lr G` at the entries of G, and no state.
+
+    A parameter whose gradient is None is left alone. Where a parameter has a `gradient_basis`, the step is turned out
+    of it, as `SparseAdam` does.
+
+    Args:
+        params: parameters whose gradients are sparse COO tensors; hybrid ones (whole rows) too.
+        lr: step size.
+
+    Raises:
+        SparseGradError: lr is not positive, or a gradient is dense.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3):
+        if not lr > 0:
+            raise SparseGradError(f"lr must be positive, got {lr}")
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; returns the closure's loss where one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in moved:
+            _check_sparse(parameter, "SparseSGD", "SGD")
+        for parameter, group in moved:
+            gradient = parameter.grad
+            # Entries at one index add up here: it need not be coalesced.
+            change = gradient._values() * -group["lr"]
+            _add(parameter, gradient, ravel(gradient._indices(), gradient.shape), change)
+        return loss
+
+
+def _check_sparse(parameter: Tensor, own: str, other: str) -> None:
+    if parameter.grad.layout != torch.sparse_coo:
+        raise SparseGradError(
+            f"{own} needs sparse COO gradients, got a {parameter.grad.layout} one of shape "
+            f"{tuple(parameter.shape)}; give this parameter to {other}"
+        )
 
 
 def _coalesced(gradient: Tensor) -> Tensor:

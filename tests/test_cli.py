@@ -233,12 +233,13 @@ def test_defaults_and_choices_are_those_of_the_harness():
     spec = RunSpec(method="full")
     for name in ("data", "hub", "targets", "train_rest", "adapter_dtype", "batch", "seq", "dtype", "attention"):
         assert getattr(run, name) == getattr(spec, name), name
-    for name in ("checkpointing", "lr", "seed", "threads", "calibration_steps", "rounds"):
+    for name in ("optimizer", "accumulate", "checkpointing", "lr", "seed", "threads", "calibration_steps", "rounds"):
         assert getattr(run, name) == getattr(spec, name), name
     assert run.timing_span == turns.SPAN_S
     assert run.time_limit == worker.DEFAULT_TIME_LIMIT_S
     assert cli.PREDICTED_DEVICES == SEMANTICS
     assert (cli.OPTIMIZER_IMPLS, cli.ATTENTIONS) == (method.OPTIMIZER_IMPLS, models.ATTENTIONS)
+    assert cli.OPTIMIZERS == method.OPTIMIZERS
     known = {"--train-rest": method.TRAIN_REST, "--adapter-dtype": method.ADAPTER_DTYPES}
     for option, words in known.items():
         for word in words:

@@ -57,7 +57,7 @@ def files(tmp_path):
 
 
 class MomentsKeptDense(SparseGradCompact):
-    optimizers = Method.optimizers
+    sparse_optimizer = Method.sparse_optimizer
 
 
 class Kept(torch.autograd.Function):

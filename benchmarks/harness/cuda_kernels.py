@@ -10,6 +10,11 @@ Above autograd, where other operations run, and so other tensors are saved for b
  - Scaled dot-product attention: the kernels of attention.py, which save their output and its log-sum-exp instead of
    scores.
 
+And under autocast, which knows other operations on CUDA than on the CPU (`AUTOCAST_WIDE` and the two behind it): it
+takes normalisation, softmax, powers and sums in float32 there, and so saves copies of their inputs. Matrix products and
+attention are bfloat16 on both. Left out are operations that transformers' models seldom call, and that the CPU takes
+cross entropy in float32 whole, where CUDA does so with its second half.
+
 Inside kernels, what is allocated and freed before they return:
  - Softmax backward holds `grad * output`, as large as its output. Log-softmax has no such temporary.
  - Flash's backward: the gradient of Q accumulated in float32, (B, L to a multiple of 128, H, D to one of 32), two
@@ -51,6 +56,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.harness.attention import HALVES, NoKernel, attend, choose
 from benchmarks.harness.cards import Card
@@ -95,6 +101,8 @@ class CudaKernels:
                 ("scaled_dot_product_attention", self._attend),
             ):
                 library.impl(name, function, "AutogradCPU")
+            for name, function in _under_autocast():
+                library.impl(name, function, "AutocastCPU")
             yield
 
     def __call__(self, func: Callable, args: tuple, kwargs: dict, see: See) -> object:
@@ -144,6 +152,67 @@ def _softmax(kernel, input: Tensor, dim: int, dtype: torch.dtype | None = None) 
     if input.dtype == torch.half and dtype == torch.float32:
         return kernel(input, dim, True)
     return kernel(input if dtype is None else input.to(dtype), dim, False)
+
+
+# What autocast runs in float32 on CUDA and does not on the CPU, and what takes a dtype, which is then float32: from
+# ATen's autocast_mode.h.
+AUTOCAST_WIDE = (
+    "layer_norm",
+    "native_layer_norm",
+    "rms_norm",
+    "group_norm",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "pow.Scalar",
+    "rsqrt",
+    "reciprocal",
+    "exp",
+    "expm1",
+    "log",
+    "log10",
+    "log2",
+    "log1p",
+    "sinh",
+    "cosh",
+    "tan",
+    "softplus",
+    "logsumexp",
+    "cosine_similarity",
+)
+AUTOCAST_SUMS = ("cumsum", "cumprod", "sum", "sum.dim_IntList", "linalg_vector_norm")
+AUTOCAST_SOFTMAX = ("softmax.int", "log_softmax.int")
+
+
+def _under_autocast() -> Iterator[tuple[str, Callable]]:
+    """Operations and what CUDA's autocast makes of them."""
+    for policy, names in (
+        (_in_float32, AUTOCAST_WIDE),
+        (_summed_in_float32, AUTOCAST_SUMS),
+        (_softmax_in_float32, AUTOCAST_SOFTMAX),
+    ):
+        for name in names:
+            packet, _, overload = name.partition(".")
+            yield name, partial(policy, getattr(getattr(aten, packet), overload or "default"))
+
+
+def _in_float32(operation: Callable, *args, **kwargs) -> object:
+    with torch.autocast("cpu", enabled=False):
+        args, kwargs = tree_map_only(Tensor, lambda given: given.float() if _is_cast(given) else given, (args, kwargs))
+        return operation(*args, **kwargs)
+
+
+def _summed_in_float32(operation: Callable, input: Tensor, *args, dtype: torch.dtype | None = None) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return operation(input, *args, dtype=torch.float32 if dtype is None and _is_cast(input) else dtype)
+
+
+def _softmax_in_float32(operation: Callable, input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return operation(input, dim, torch.float32 if dtype is None and _is_cast(input) else dtype)
+
+
+def _is_cast(given: Tensor) -> bool:
+    return given.is_floating_point() and given.dtype != torch.float64
 
 
 # --- inside kernels: each takes an operation, its arguments, and what is to be told of its temporaries

@@ -23,6 +23,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -275,6 +276,18 @@ class Tracker(TorchDispatchMode):
     def _mark(self, serial: int, category: str, rank: int) -> None:
         if rank < CATEGORIES.index(self._category.get(serial, "temporary")):
             self._category[serial] = category
+
+    def order_deaths(self) -> None:
+        """Let storages that die one after another, with no birth between, die in the order of their births.
+
+        Autocast empties its cache by the addresses of weights, which no two runs have in common. What dies while no
+        phase is named stays: spans may end there.
+        """
+        ordered: list[Event] = []
+        for (phase, dies), stretch in groupby(self.events, key=lambda event: (event.phase, event.change < 0)):
+            events = list(stretch)
+            ordered += sorted(events, key=lambda event: event.storage) if dies and phase != "idle" else events
+        self.events = ordered
 
     # --- reading
 

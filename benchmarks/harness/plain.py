@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from benchmarks.harness.environment import process_peak_bytes
 from benchmarks.harness.memory import steady_collection
-from benchmarks.harness.protocol import WARM_UP_STEPS, build, ready, training_step, untracked
+from benchmarks.harness.protocol import (
+    WARM_UP_STEPS,
+    build,
+    forward_backward,
+    mean_loss,
+    ready,
+    untracked,
+    update,
+)
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.workload import Workload
 
@@ -53,12 +61,22 @@ class PlainPass:
         return sum(share * self._step() for share in self._state.method.step_shares())
 
     def _step(self) -> float:
-        # Drawn one by one, apart from the time: batches that wait for their step would raise the high-water mark.
-        batch = next(self._batches)
-        self._clock.start()
-        training_step(self._state, batch, untracked)
+        seconds, losses, result = 0.0, [], None
+        for number in range(self._state.passes):
+            # Drawn one by one, apart from the time: batches that wait for their step would raise the high-water mark.
+            batch = next(self._batches)
+            self._clock.start()
+            if result is not None:
+                result.release()
+            result, loss = forward_backward(self._state, batch, number, untracked)
+            losses.append(loss)
+            if number == self._state.passes - 1:
+                update(self._state, untracked)
+                result.release()
+            seconds += self._clock.stop()
+        mean_loss(losses)
         self.steps += 1
-        return self._clock.stop()
+        return seconds
 
     def finish(self) -> dict[str, object]:
         """What a record has from this pass besides the times, and the period; the model is let go."""

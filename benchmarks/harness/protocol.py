@@ -22,7 +22,7 @@ from benchmarks.harness.cuda import AllocatorMeter, history, release_unused
 from benchmarks.harness.memory import AllocatorTrace, Peak, Span, Tracker, steady_collection
 from benchmarks.harness.nvml import process_bytes
 from benchmarks.harness.spec import RunSpec
-from benchmarks.harness.workload import Workload
+from benchmarks.harness.workload import Pass, Workload
 from reports.record import BREAKDOWN
 from reports.timeline import Timeline
 
@@ -46,6 +46,11 @@ class Trained:
     model: nn.Module
     optimizers: list[Optimizer]
 
+    @property
+    def passes(self) -> int:
+        """How many micro-batches a step has."""
+        return self.method.setting.accumulate
+
 
 def build(
     spec: RunSpec, workload: Workload, make_model: Callable[[], nn.Module] | None = None
@@ -58,7 +63,9 @@ def build(
         layers=layers,
         train_rest=spec.train_rest,
         adapter_dtype=spec.adapter_dtype,
+        optimizer=spec.optimizer,
         optimizer_impl=spec.optimizer_impl,
+        accumulate=spec.accumulate,
         calibration_steps=spec.calibration_steps,
         seed=spec.seed,
         backward=workload.run_backward,
@@ -72,30 +79,60 @@ def ready(spec: RunSpec, workload: Workload, method: Method, model: nn.Module) -
     return Trained(workload, method, model, method.optimizers(model, spec.lr))
 
 
-def training_step(state: Trained, batch: object, phase: Phase, after: Callable[[str], None] = lambda _: None):
+def training_step(
+    state: Trained, batch: object, phase: Phase, after: Callable[[str], None] = lambda _: None
+) -> float | None:
     """One step, as every pass runs it: forward, backward, optimizer, gradients freed. Returns the loss.
 
-    `after` is called when a phase's work is done and its results still live.
+    Where gradients are accumulated, forward and backward come several times, of the same batch, and the loss is their
+    mean. `after` is called when a phase's work is done and its results still live.
     """
+    losses, result = [], None
+    for number in range(state.passes):
+        if result is not None:
+            result.release()
+        result, loss = forward_backward(state, batch, number, phase, after)
+        losses.append(loss)
+    update(state, phase, after)
+    result.release()
+    return mean_loss(losses)
+
+
+def forward_backward(
+    state: Trained, batch: object, number: int, phase: Phase, after: Callable[[str], None] = lambda _: None
+) -> tuple[Pass, float | None]:
+    """Pass `number`, from 0, of a step's `passes`: gradients are added up. Returns what is still held, and the loss."""
     with phase("forward"):
         result = state.workload.forward(state.model, batch)
         after("forward")
     with phase("backward"):
-        loss = state.workload.backward(result)
-        state.method.after_backward(state.model)
+        loss = state.workload.backward(result, state.passes)
+        if number == state.passes - 1:
+            state.method.after_backward(state.model)
         after("backward")
         for tensor in state.workload.inputs(batch):
             tensor.grad = None
         if not state.workload.keeps_outputs:
             result.release()
+    return result, loss
+
+
+def update(state: Trained, phase: Phase, after: Callable[[str], None] = lambda _: None) -> None:
+    """The optimizers' step, by the gradients there are, which are then freed."""
     with phase("optimizer"):
         for optimizer in state.optimizers:
             optimizer.step()
         state.method.after_step(state.model)
         after("optimizer")
     state.model.zero_grad(set_to_none=True)
-    result.release()
-    if loss is not None and not math.isfinite(loss):
+
+
+def mean_loss(losses: Sequence[float | None]) -> float | None:
+    """Of a step's passes; None where there is none. Raises `Diverged` for one that is not finite."""
+    if None in losses:
+        return None
+    loss = sum(losses) / len(losses)
+    if not math.isfinite(loss):
         raise Diverged(f"the loss is {loss}")
     return loss
 
@@ -109,7 +146,7 @@ class TrackedPass:
     tracker: Tracker
     counts: ParameterCounts
     losses: list[float | None]
-    updated: list[int]  # entries written, step by step
+    updated: list[int]  # entries that the gradients name, after each backward pass
     preparation: Span
     spans: dict[str, list[Span]]  # phase -> where it was in the log, step by step
     steps: Span  # the steps of one period
@@ -194,6 +231,8 @@ def track(
                 losses.append(_tracked_step(state, batch, tracker, spans, updated))
         own_batch = tracker.serials(batch)
         evaluation = _evaluate(state, batch, tracker.phase("eval"))
+    if workload.mixed:
+        tracker.order_deaths()
     return TrackedPass(state, batch, tracker, counts, losses, updated, preparation, spans, steps, evaluation, own_batch)
 
 
@@ -233,17 +272,19 @@ def _tracked_step(
     state: Trained, batch: object, tracker: Tracker, spans: dict[str, list[Span]], updated: list[int]
 ) -> float | None:
     """A step whose storages are marked as they show what they are."""
-    born = tracker.position
+    began = tracker.position
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
+        nonlocal began
+        began = tracker.position
         with tracker.phase(name) as span:
             yield
         spans.setdefault(name, []).append(span)
 
     def after(name: str) -> None:
         if name == "forward":
-            tracker.mark_born_since("activation", born)
+            tracker.mark_born_since("activation", began)
         elif name == "backward":
             tracker.mark("gradient", gradients(state.model), [t.grad for t in state.workload.inputs(batch)])
             updated.append(sum(written_entries(g) for g in gradients(state.model)))

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from baselines.method import Budget
 from benchmarks.harness import cards, models
 from benchmarks.harness.errors import InputError
-from benchmarks.harness.workload import BlockWorkload, LayerWorkload, ModelWorkload, Workload
+from benchmarks.harness.workload import MIXED, BlockWorkload, LayerWorkload, ModelWorkload, Workload
 from reports.record import Record
+
+# From the second micro-batch on each repeats the one before it, in time as well as in memory.
+MOST_ACCUMULATED = 1024
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,12 @@ class RunSpec:
     dtype: str = "float32"
     adapter_dtype: str = "same"
     attention: str = "sdpa"
+    optimizer: str = "adamw"
     optimizer_impl: str = "for-loop"
     train_rest: str = "all"
     targets: str = "mlp"
     checkpointing: bool = False
+    accumulate: int = 1  # micro-batches of `batch` examples per step
     lr: float = 1e-4
     seed: int = 0
     device: str = "cpu"
@@ -62,6 +67,10 @@ class RunSpec:
             raise InputError(f"{self.attention} is a kernel of CUDA's: use --attention eager or sdpa on a CPU")
         if self.device == "cpu" and (self.gpu is not None or self.gpu_memory_bytes is not None):
             raise InputError("--gpu and --gpu-memory go with the semantics of cuda, not with --device cpu")
+        if not 1 <= self.accumulate <= MOST_ACCUMULATED:
+            raise InputError(f"--accumulate must be from 1 to {MOST_ACCUMULATED}, got {self.accumulate}")
+        if self.dtype == MIXED and self.adapter_dtype != "same":
+            raise InputError(f"--dtype {MIXED} keeps every parameter in float32: leave --adapter-dtype out")
         if self.gpu is not None:
             cards.card(self.gpu)
         common = {name: getattr(self, name) for name in ("batch", "seq", "dtype", "seed", "targets")}

@@ -11,6 +11,7 @@ import itertools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,12 @@ from sparsegrad.products import skips
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
+    "bf16-mixed": torch.float32,
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# Parameters and what trains them in float32, forward and loss under autocast to bfloat16.
+MIXED = "bf16-mixed"
 
 # Activations whose derivative is zero at single points only: with others a whole column of dL/dY can be zero.
 SMOOTH_ACTIVATIONS = (
@@ -79,7 +83,7 @@ class Workload(ABC):
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, which AdamW steps, got {dtype!r}")
         self.batch, self.seq, self.seed, self.targets = batch, seq, seed, targets
-        self.dtype, self.device = DTYPES[dtype], torch.device(device)
+        self.dtype, self.device, self.mixed = DTYPES[dtype], torch.device(device), dtype == MIXED
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -99,11 +103,18 @@ class Workload(ABC):
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: object) -> Pass:
-        """One forward pass in the model's mode."""
+        """One forward pass in the model's mode, loss included, in `precision`."""
+
+    def precision(self) -> AbstractContextManager:
+        """Autocast to bfloat16 for a mixed dtype; otherwise nothing."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.mixed else nullcontext()
 
     @abstractmethod
-    def backward(self, result: Pass) -> float | None:
-        """One backward pass from what `forward` returned; gives the loss where there is one."""
+    def backward(self, result: Pass, passes: int = 1) -> float | None:
+        """One backward pass from what `forward` returned; gives the loss where there is one.
+
+        Of a mean loss gradients are divided by `passes`, the number of passes that they are accumulated over.
+        """
 
     def run_backward(self, model: nn.Module, batch: object) -> None:
         """Forward and backward, as calibration needs them."""
@@ -197,21 +208,24 @@ class ShapeWorkload(Workload):
     def batches(self):
         """X (batch, seq, D_in), which requires a gradient, and dL/dY."""
         generator = torch.Generator(device=self.device).manual_seed(self.seed)
-        options = {"generator": generator, "dtype": self.dtype, "device": self.device}
+        options = {"generator": generator, "device": self.device}
+        # Y is autocast's, and so is its gradient.
+        dtype_of_y = torch.bfloat16 if self.mixed else self.dtype
         while True:
             # No names: a generator that waits keeps what it has named alive.
             yield (
-                torch.randn(self.batch, self.seq, self.d_in, **options).requires_grad_(),
-                torch.randn(self.batch, self.seq, self.width, **options),
+                torch.randn(self.batch, self.seq, self.d_in, dtype=self.dtype, **options).requires_grad_(),
+                torch.randn(self.batch, self.seq, self.width, dtype=dtype_of_y, **options),
             )
 
     def forward(self, model, batch):
         """Y."""
         x, dy = batch
-        return Pass((model(x), dy))
+        with self.precision():
+            return Pass((model(x), dy))
 
-    def backward(self, result):
-        """From dL/dY; there is no loss."""
+    def backward(self, result, passes=1):
+        """From dL/dY; there is no loss, so that gradients of several passes add up."""
         y, dy = result.held
         # Not where nothing that trains leads to Y.
         if y.requires_grad:
@@ -359,17 +373,17 @@ class ModelWorkload(Workload):
 
     def forward(self, model, batch):
         """Outputs, loss included."""
-        with models.attention_kernel(self.attention):
+        with models.attention_kernel(self.attention), self.precision():
             return Pass(model(**batch))
 
-    def backward(self, result):
+    def backward(self, result, passes=1):
         """From the loss."""
         loss = result.held.loss
         # Not where nothing trains: a method may find nothing of its own in a model.
         if loss.requires_grad:
             # Checkpointing runs forward again.
             with models.attention_kernel(self.attention):
-                loss.backward()
+                loss.backward(None if passes == 1 else torch.full_like(loss, 1 / passes))
         # A prediction's loss is fake: it has no value.
         return None if isinstance(loss, FakeTensor) else float(loss.detach())
 

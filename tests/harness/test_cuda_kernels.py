@@ -59,6 +59,47 @@ def test_dropout_saves_a_byte_an_entry():
     assert type(F.dropout(torch.ones(3, requires_grad=True), 0.5).grad_fn).__name__ == "MulBackward0"
 
 
+def test_autocast_normalises_in_float32_and_keeps_what_it_read():
+    with Run() as run:
+        x = leaf(4, KIB, dtype=torch.bfloat16)
+        weight = leaf(KIB)
+        run.tracker.adopt(x, weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            # X in float32 is saved, Y is float32, and four means and deviations are.
+            assert run.added(lambda: F.layer_norm(x, (KIB,), weight))[0] == 2 * 16 * KIB + 2 * 4 * 4
+        # Without autocast Y is bfloat16, and X itself is saved.
+        narrow = weight.bfloat16()
+        run.tracker.adopt(narrow)
+        assert run.added(lambda: F.layer_norm(x, (KIB,), narrow))[0] == 8 * KIB + 2 * 4 * 4
+    # As before outside: on the CPU autocast leaves it alone.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.layer_norm(torch.ones(2, 3, dtype=torch.bfloat16), (3,)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        (lambda x: x.softmax(-1), torch.float32),
+        (lambda x: F.log_softmax(x, -1), torch.float32),
+        (lambda x: F.softmax(x, -1, dtype=torch.bfloat16), torch.bfloat16),
+        (lambda x: x.pow(2), torch.float32),
+        (torch.rsqrt, torch.float32),
+        (lambda x: x.sum(), torch.float32),
+        (lambda x: x.sum(0, keepdim=True), torch.float32),
+        (lambda x: x.cumsum(0), torch.float32),
+        (lambda x: x.mean(), torch.bfloat16),
+        (F.gelu, torch.bfloat16),
+        (lambda x: x.long().sum(), torch.int64),
+        (lambda x: x.double().softmax(-1), torch.float64),
+        (lambda x: x @ x.float().T, torch.bfloat16),
+    ],
+)
+def test_what_autocast_computes_in_is_that_of_cuda(function, dtype):
+    """By PyTorch's list of operations that autocast to float32."""
+    with Run(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert function(torch.empty(4, 6, dtype=torch.bfloat16)).dtype == dtype
+
+
 @pytest.mark.parametrize("function", [F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax])
 def test_softmax_reads_half_without_a_copy(function):
     with Run() as run:

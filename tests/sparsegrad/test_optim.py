@@ -1,4 +1,4 @@
-"""SparseAdam against torch's, and against Adam written out for single entries."""
+"""SparseAdam against torch's, and against Adam written out for single entries; SparseSGD against dense SGD."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsegrad import SparseAdam, SparseGradError
+from sparsegrad import FoldedLinear, SparseAdam, SparseGradError, SparseSGD, TransitionMatrices
 
 # Same formula, other order of operations: float64 rounding, over some fifty steps.
 TIGHT = {"rtol": 1e-12, "atol": 1e-14}
@@ -403,3 +403,56 @@ def test_whole_rows_have_no_store():
 def test_a_capacity_out_of_range(capacity):
     with pytest.raises(SparseGradError, match=f"capacity must be an integer of at least 1, or None, got {capacity}"):
         SparseAdam(parameters((3, 2)), capacity=capacity)
+
+
+# --- SGD
+
+
+@pytest.mark.parametrize(
+    ("shape", "sparse_dim", "nnz"), [((7, 5), 2, 4), ((7, 5), 1, 3), ((11,), 1, 4), ((7, 5), 2, 0)]
+)
+def test_sgd_is_dense_sgd_of_the_dense_gradient(shape, sparse_dim, nnz):
+    ours, reference = twins(shape, (3, 2))
+    optimizer, other = SparseSGD(ours, lr=0.3), torch.optim.SGD(reference, lr=0.3)
+    for _ in range(3):
+        gradient = coo(shape, nnz, sparse_dim)
+        give([gradient, None], ours)
+        give([gradient.to_dense(), None], reference)
+        optimizer.step()
+        other.step()
+    assert_same(ours, reference, **TIGHT)
+    assert not optimizer.state
+
+
+def test_sgd_adds_up_what_stands_at_one_place():
+    (weight,) = parameters((3, 2))
+    before = weight.detach().clone()
+    values = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    weight.grad = torch.sparse_coo_tensor([[0, 0, 2], [1, 1, 0]], values, (3, 2), check_invariants=True)
+    SparseSGD([weight], lr=0.5).step()
+    expected = torch.tensor([[0, 1.5], [0, 0], [2.5, 0]], dtype=torch.float64)
+    torch.testing.assert_close(before - weight.detach(), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("sides", ["UV", "U", "V", ""])
+def test_sgd_turns_its_step_out_of_the_basis(sides):
+    matrices = {side: torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for side, n in (("U", 5), ("V", 7))}
+    U, V = (matrices[side] if side in sides else None for side in "UV")
+    layer = FoldedLinear(nn.Linear(5, 7, dtype=torch.float64), TransitionMatrices(U, V), nnz=9)
+    layer(torch.randn(6, 5, dtype=torch.float64)).square().sum().backward()
+    before, gradient = layer.weight.detach().clone(), layer.weight.grad.to_dense()
+    SparseSGD([layer.weight], lr=0.25).step()
+    left = gradient if V is None else V.T @ gradient
+    step = left if U is None else left @ U
+    torch.testing.assert_close(layer.weight.detach(), before - 0.25 * step, rtol=1e-12, atol=1e-12)
+
+
+def test_sgd_refuses_what_is_not_its_own():
+    (weight,) = parameters((3, 2))
+    with pytest.raises(SparseGradError, match="lr must be positive, got 0"):
+        SparseSGD([weight], lr=0)
+    weight.grad = torch.ones(3, 2, dtype=torch.float64)
+    before = weight.detach().clone()
+    with pytest.raises(SparseGradError, match="SparseSGD needs sparse COO gradients, got a torch"):
+        SparseSGD([weight]).step()
+    assert torch.equal(weight.detach(), before)
