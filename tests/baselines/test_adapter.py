@@ -21,9 +21,10 @@ WEIGHTS = {
     "lora-fa": lambda layer: layer.weight + 2 * layer.lora_B @ layer.lora_A,
     "lora-xs": lambda layer: layer.weight + layer.B @ layer.R @ layer.A,
     "pissa": lambda layer: layer.weight + layer.lora_B @ layer.lora_A,
+    "qlora": lambda layer: layer.dense(torch.float64) + 2 * layer.lora_B @ layer.lora_A,
     "vera": lambda layer: layer.weight + layer.lambda_b.diag() @ layer.B @ layer.lambda_d.diag() @ layer.A,
 }
-DRAWN = ["dora", "lora-fa", "lora-xs", "vera"]
+DRAWN = ["dora", "lora-fa", "lora-xs", "qlora", "vera"]
 
 
 def rescaled(V, m):
@@ -186,7 +187,7 @@ def test_layers_do_not_share_a_draw_of_their_own(name, build_model, apply):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "pissa"])
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name not in ("pissa", "qlora")])
 def test_weight_and_bias_are_the_sources_own(name, transposed):
     source = plain(5, 7, transposed=transposed)
     layer = adapted(name, source, 2, moved=False)
@@ -201,6 +202,7 @@ def test_weight_and_bias_are_the_sources_own(name, transposed):
         ("lora-fa", 3, 3 * 24 + 3 * 5),
         ("lora-xs", 3, 9 + 9),
         ("pissa", 3, 3 * (24 + 16) + 3 * (5 + 7)),
+        ("qlora", 3, 3 * (24 + 16) + 3 * (5 + 7)),
         ("vera", 3, 3 + 24 + 3 + 5),
     ],
 )
@@ -212,7 +214,7 @@ def test_budget_params_are_what_trains(name, budget, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "largest"), [*((name, 5) for name in ("dora", "lora-fa", "lora-xs", "pissa")), ("vera", 35)]
+    ("name", "largest"), [*((name, 5) for name in ("dora", "lora-fa", "lora-xs", "pissa", "qlora")), ("vera", 35)]
 )
 def test_the_largest_budget(name, largest):
     assert get(name).largest_budget([(24, 16), (5, 7)]) == largest

@@ -1,15 +1,17 @@
 """What every method owes the harness: budgets, what trains, unchanged outputs, claimed bytes, learning, export."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from baselines import nf4
 from baselines.method import EntryMethod, MethodError, Setting, target_shapes
 from baselines.registry import get, methods
 from sparsegrad import AdaptedLinear, SparseAdam, find_layers, merge
-from sparsegrad.adapted import adapted_layers
+from sparsegrad.adapted import adapted_layers, source_weight
 
 METHODS = list(methods())
 BUDGETED = [name for name in METHODS if get(name).knob is not None]
@@ -35,6 +37,7 @@ OWN = {
     "meprop-unified": ("weight",),
     "meprop-weight": ("weight",),
     "pissa": ("lora_A", "lora_B"),
+    "qlora": ("lora_A", "lora_B"),
     "random-mask": ("values",),
     "sparsegrad": ("weight",),
     "sparsegrad-compact": ("weight",),
@@ -247,6 +250,16 @@ def test_the_largest_budget_works_and_one_more_changes_nothing(name, build_model
 # --- what prepare does
 
 
+def in_four_bits(model):
+    """The model with each target weight as NF4 has it; tests/baselines/test_nf4.py says what that is."""
+    tables = nf4.Tables.made(torch.device("cpu"))
+    for name in itertools.chain(*find_layers(model).values()):
+        weight = source_weight(model.get_submodule(name))
+        stored = nf4.quantize(weight, tables)
+        weight.copy_(nf4.dequantize(stored, tables, tuple(weight.shape), weight.dtype))
+    return model
+
+
 # LLaMA's layers have no biases: bitfit refuses them.
 ON_FAMILIES = [
     (family, name) for family in ("bert", "gpt2", "llama") for name in METHODS if (family, name) != ("llama", "bitfit")
@@ -256,7 +269,8 @@ ON_FAMILIES = [
 @pytest.mark.parametrize(("family", "name"), ON_FAMILIES)
 def test_outputs_are_unchanged_right_after_prepare(family, name, build_model, apply, logits):
     model = build_model(family)
-    before = logits(model)
+    # QLoRA begins at the model in four bits.
+    before = logits(in_four_bits(build_model(family)) if name == "qlora" else model)
     apply(name, model)
     after = logits(model)
     # LoRA-XS does not begin at the model but next to it: with entries of 1e-5 between its matrices.
@@ -568,7 +582,7 @@ class Student(nn.Module):
 
 
 LAYERS = {"up": ["up"], "down": ["down"]}
-BUDGET = {"dora": 4, "lora-fa": 12, "lora-xs": 12, "pissa": 4, "vera": 240}
+BUDGET = {"dora": 4, "lora-fa": 12, "lora-xs": 12, "pissa": 4, "qlora": 4, "vera": 240}
 BUDGET |= {"lora": 4, "meprop-example": 8, "meprop-unified": 8}
 BUDGET |= {"meprop-weight": 0.2, "random-mask": 0.5, "sparsegrad": 0.2, "sparsegrad-core": 0.7, "sparsegrad-fixed": 0.5}
 BUDGET |= {"sparsegrad-compact": 0.2, "sparsegrad-directions": 9, "sparsegrad-folded": 0.2}

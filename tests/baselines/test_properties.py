@@ -105,6 +105,9 @@ def made(name, case):
     if name == "lora-xs":
         # Which begins next to the layer, and not at it.
         nn.init.zeros_(model.linear.R)
+    if name == "qlora":
+        # Which begins at the layer in four bits.
+        plain.linear.weight.data = model.linear.dense(case.dtype)
     model.zero_grad(set_to_none=True)
     return model, plain, method
 

@@ -298,6 +298,7 @@ def test_counts(method):
         "head": (0, 0, 0, None),
         "lora": (layers * k * (d_in + d_hidden),) * 4,
         "pissa": (layers * k * (d_in + d_hidden),) * 4,
+        "qlora": (layers * k * (d_in + d_hidden),) * 4,
         "dora": (layers * k * (d_in + d_hidden) + 2 * (d_in + d_hidden),) * 4,
         "lora-fa": (2 * k * (d_in + d_hidden),) * 4,
         "lora-xs": (layers * k * k,) * 4,
