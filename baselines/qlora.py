@@ -77,12 +77,23 @@ class QLoRALinear(LoRALinear):
         super().__init__(linear, rank, alpha, dtype)
         self.dtype, self.tables = self.weight.dtype, tables
         for name, stored in zip(CODES, nf4.quantize(self.weight, tables), strict=True):
+            # As bytes, float32 ones too: a cast of the model must not round what its weights are made of.
+            stored = stored.reshape(-1).view(torch.uint8)
             self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
         del self.weight
 
+    def _apply(self, fn, recurse=True):
+        """What a cast or a move of the model means for what is no parameter: the dtype of W, and the tables."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
+        super()._apply(fn, recurse)
+        if self.tables.normal.device != self.weight_codes.device:
+            self.tables = nf4.Tables.made(self.weight_codes.device)
+        return self
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W4 (D_out, D_in)."""
-        stored = [getattr(self, name) for name in CODES]
+        codes, magnitudes, scales, mean = (getattr(self, name) for name in CODES)
+        stored = (codes, magnitudes, scales.view(torch.float32), mean.view(torch.float32))
         return nf4.dequantize(stored, self.tables, (self.out_features, self.in_features), dtype)
 
     def of_rows(self, x: Tensor) -> Tensor:

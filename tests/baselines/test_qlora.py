@@ -110,3 +110,22 @@ def test_the_exported_layer_is_dense_and_in_the_models_dtype():
     error = (exported.weight.double() - weight).norm() / weight.norm()
     assert float(error.detach()) < 3 * 2**-9
     assert not isinstance(exported, LoRALinear)
+
+
+def test_a_cast_leaves_the_weight_as_it_is():
+    model = nn.Sequential(nn.Linear(20, 12))
+    method = get("qlora")(3, Setting({"linear": ["0"]}))
+    method.prepare(model, iter(()))
+    before = model[0].dense(torch.float64)
+    model.to(torch.bfloat16)
+    assert torch.equal(model[0].dense(torch.float64), before)
+    assert model(torch.randn(4, 20, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    # B is zero: the exported weight is W4, rounded once.
+    assert torch.equal(method.export(model)[0].weight, before.bfloat16())
+
+
+def test_a_move_takes_the_tables_along():
+    model = nn.Sequential(nn.Linear(20, 12))
+    get("qlora")(3, Setting({"linear": ["0"]})).prepare(model, iter(()))
+    assert model.to("meta")(torch.empty(4, 20, device="meta")).shape == (4, 12)
+    assert {tensor.device.type for tensor in model[0].tables.tensors()} == {"meta"}
