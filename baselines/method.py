@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from baselines.adamw8bit import AdamW8bit
 from sparsegrad import SparseAdam, SparseSGD, merge
 from sparsegrad.adapted import adapted_layers, check_unconverted, is_linear, weight_shape
 from sparsegrad.errors import SparseGradError
@@ -31,7 +32,7 @@ TASK_HEAD = re.compile(r"(^|\.)(classifier|score|qa_outputs)\.")
 
 TRAIN_REST = ("all", "none")
 ADAPTER_DTYPES = ("same", "float32")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 
 
@@ -63,6 +64,8 @@ class Setting:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise MethodError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.optimizer == "adamw8bit" and self.optimizer_impl != "for-loop":
+            raise MethodError(f"adamw8bit steps in a for-loop alone, got the optimizer_impl {self.optimizer_impl}")
         if self.accumulate < 1:
             raise MethodError(f"accumulate must be at least 1, got {self.accumulate}")
 
@@ -137,6 +140,10 @@ class Method(ABC):
                 f"{self.name} is an optimizer itself, for which {setting.optimizer} cannot stand in; "
                 f"leave --optimizer {setting.optimizer} out"
             )
+        if setting.optimizer == "adamw8bit" and type(self).sparse_parameters is not Method.sparse_parameters:
+            raise MethodError(
+                f"{self.name} has sparse gradients, for which AdamW8bit has no step; leave --optimizer adamw8bit out"
+            )
         if self.knob is None:
             if budget is not None:
                 raise MethodError(f"{self.name} has no budget, got {self.name}[{budget}]")
@@ -167,7 +174,7 @@ class Method(ABC):
         """Change the model in place: calibrate, convert, freeze. `batches` are made one at a time, when drawn."""
 
     def optimizers(self, model: nn.Module, lr: float) -> list[Optimizer]:
-        """One for the parameters with COO gradients, SparseAdam or SparseSGD, and AdamW or SGD for all others."""
+        """SparseAdam or SparseSGD for parameters with COO gradients; AdamW, AdamW8bit or SGD for all others."""
         sparse = list(self.sparse_parameters(model))
         known = {id(parameter) for parameter in sparse}
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
@@ -180,6 +187,8 @@ class Method(ABC):
 
     def dense_optimizer(self, parameters: Sequence[nn.Parameter], lr: float) -> Optimizer:
         """What steps parameters with dense gradients, by the setting's `optimizer` and `optimizer_impl`."""
+        if self.setting.optimizer == "adamw8bit":
+            return AdamW8bit(parameters, lr=lr)
         make = sgd if self.setting.optimizer == "sgd" else adamw
         return make(parameters, lr, self.setting.optimizer_impl)
 

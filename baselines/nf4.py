@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baselines.dynamic8 import dynamic_table, middles
+
 BLOCK, MAGNITUDES = 64, 256  # entries that share a magnitude, magnitudes that share a scale
 # The quantile of the outermost value, so that the tails of N(0, 1) are cut as far out on either side: the reference
 # implementation's, half way between 1 - 1/(2 * 15) and 1 - 1/(2 * 16).
@@ -34,19 +36,6 @@ def normal_float_table() -> Tensor:
     above, below = half(8), half(7)
     table = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
     return (table / above[0]).float()
-
-
-def dynamic_table() -> Tensor:
-    """The 256 values (256,) of the signed dynamic data type in float32 (Dettmers, ICLR 2016, arXiv 1511.04561).
-
-    A sign, a power of ten from 1e-6 to 1 whose number of leading zero bits stands for it, and the bits that are left
-    for a linear fraction between 0.1 and 1: the middles of its intervals. Besides, 0 and 1.
-    """
-    found = [0.0, 1.0]
-    for bits in range(7):
-        width = 0.9 / 2**bits
-        found += [sign * 10.0 ** (bits - 6) * (0.1 + (n + 0.5) * width) for n in range(2**bits) for sign in (1, -1)]
-    return torch.tensor(sorted(found), dtype=torch.float64).float()
 
 
 @dataclass(frozen=True)
@@ -85,7 +74,7 @@ def quantize(weight: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor, Te
     blocks = math.ceil(flat.numel() / BLOCK)
     codes = torch.empty(math.ceil(flat.numel() / 2), dtype=torch.uint8, device=weight.device)
     largest = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    middles = (tables.normal[1:] + tables.normal[:-1]) / 2
+    between = middles(tables.normal)
     for begin, end in _parts(blocks):
         part = flat[begin * BLOCK : end * BLOCK].float()
         part = F.pad(part, (0, (end - begin) * BLOCK - part.numel())).view(-1, BLOCK)
@@ -93,7 +82,7 @@ def quantize(weight: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor, Te
         largest[begin:end] = of_blocks
         # A block of zeros stays one.
         scaled = part / of_blocks.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-        found = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8).view(-1, 2)
+        found = torch.bucketize(scaled, between, out_int32=True).to(torch.uint8).view(-1, 2)
         packed = found[:, 0] * 16 + found[:, 1]
         held = codes[begin * BLOCK // 2 : end * BLOCK // 2]
         held.copy_(packed[: held.numel()])
@@ -101,8 +90,8 @@ def quantize(weight: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor, Te
     rest = F.pad(largest - mean, (0, -blocks % MAGNITUDES)).view(-1, MAGNITUDES)
     scales = rest.abs().amax(1)
     scaled = rest / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-    middles = (tables.dynamic[1:] + tables.dynamic[:-1]) / 2
-    magnitudes = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8).view(-1)[:blocks].clone()
+    magnitudes = torch.bucketize(scaled, middles(tables.dynamic), out_int32=True).to(torch.uint8)
+    magnitudes = magnitudes.view(-1)[:blocks].clone()
     return codes, magnitudes, scales, mean
 
 

@@ -29,7 +29,7 @@ LONGEST_SENTENCE = 1500  # characters
 PREDICTED_DEVICES = ("cuda", "cpu")
 ATTENTIONS = ("eager", "sdpa", "sdpa-efficient", "sdpa-flash")
 CLUSTERS = ("slurm", "local")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 # Options of `quality` that do not go with --space.
 STUDYS_OWN = ("jobs", "cluster", "cluster_option", "minutes", "time_limit", "arms", "seeds")
@@ -161,7 +161,8 @@ def _shared_options() -> argparse.ArgumentParser:
         type=several(str),
         default="adamw",
         metavar=_alternatives(OPTIMIZERS),
-        help="adamw (default), or sgd without momentum; a method that is an optimizer itself takes no other",
+        help="adamw (default), adamw8bit (8-bit moments, not for sparse gradients), or sgd without momentum; a method "
+        "that is an optimizer itself takes no other",
     )
     shared.add_argument(
         "--optimizer-impl",

@@ -104,8 +104,8 @@ def fields(arguments: argparse.Namespace, device: str, **fixed: object) -> dict[
             raise InputError(f"{_flag(option)} must be positive, and at most {most:g}, got {shown(value)}")
     if not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {shown(arguments.seed)}")
-    # torch's own choice: foreach on CUDA, a loop over the parameters elsewhere.
-    impl = "foreach" if device == "cuda" else "for-loop"
+    # torch's own choice: foreach on CUDA, a loop over the parameters elsewhere; of AdamW8bit there is one form.
+    impl = "foreach" if device == "cuda" and arguments.optimizer != "adamw8bit" else "for-loop"
     if arguments.optimizer_impl is not None:
         impl = arguments.optimizer_impl
     for option, value, known in (
@@ -115,6 +115,8 @@ def fields(arguments: argparse.Namespace, device: str, **fixed: object) -> dict[
     ):
         if value not in known:
             raise InputError(f"{_flag(option)} must be one of {', '.join(known)}, got {value!r}")
+    if arguments.optimizer == "adamw8bit" and impl != "for-loop":
+        raise InputError(f"--optimizer-impl {impl} is for adamw and sgd: leave it out with --optimizer adamw8bit")
     names = {f.name for f in dataclasses.fields(RunSpec)} - {"equal_trainable"}
     given = {option: value for option, value in vars(arguments).items() if option in names}
     return {**given, "optimizer_impl": impl, "device": device, **fixed}

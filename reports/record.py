@@ -93,7 +93,7 @@ class Record:
     )
     adapter_dtype: str = _f("same: adapters in the model's dtype; float32: kept in float32", "same")
     attention: str | None = _f("attention implementation; None where there is no attention")
-    optimizer: str = _f("of what has dense gradients: adamw or sgd, without momentum", "adamw")
+    optimizer: str = _f("of dense gradients: adamw, adamw8bit (8-bit moments), or sgd without momentum", "adamw")
     optimizer_impl: str = _f("implementation of AdamW or SGD: for-loop, foreach or fused", "for-loop")
     checkpointing: bool = _f("activation checkpointing", False)
     accumulate: int = _f("micro-batches of batch examples whose gradients one step of the optimizer takes", 1)

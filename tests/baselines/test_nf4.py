@@ -6,12 +6,12 @@ import statistics
 import pytest
 import torch
 
+from baselines.dynamic8 import dynamic_table
 from baselines.nf4 import (
     BLOCK,
     MAGNITUDES,
     Tables,
     dequantize,
-    dynamic_table,
     normal_float_table,
     quantize,
     stored_bytes,
@@ -123,7 +123,7 @@ def test_normal_weights_lose_less_than_on_a_uniform_grid():
 
 @pytest.mark.parametrize("shape", [(64, 64), (256, 96), (300, 128)])
 def test_bitsandbytes_stores_the_same(shape):
-    functional = pytest.importorskip("bitsandbytes.functional", reason="the extra [qlora] is not installed")
+    functional = pytest.importorskip("bitsandbytes.functional", reason="the extra [bitsandbytes] is not installed")
     weight = made(shape)
     theirs, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
     codes, magnitudes, scales, mean = quantize(weight, TABLES)

@@ -139,6 +139,36 @@ def test_sgd_of_a_layer_leaves_its_weights_alone_resident():
     assert result["peak_optimizer_bytes"] == 2 * 4 * WEIGHTS + x + 2 * y
 
 
+# --- AdamW with 8-bit moments
+
+SPARSE = ("meprop-unified", "meprop-weight", "sparsegrad", "sparsegrad-folded", "sparsegrad-compact")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "gmt", "random-mask", "sparsegrad-core"])
+def test_eight_bits_are_predicted(method):
+    """With weights that have whole blocks, weights that have not, and vectors too small for codes."""
+    assert_predicted_to_the_byte(spec(method, block=(72, 96), batch=BATCH, seq=SEQ, optimizer="adamw8bit"))
+
+
+@pytest.mark.parametrize("method", [*OPTIMIZERS_THEMSELVES, *SPARSE])
+def test_what_eight_bits_cannot_step_is_refused(method):
+    record = predict(spec(method, **LAYER, optimizer="adamw8bit"))
+    assert (record.status, record.optimizer) == ("refused", "adamw8bit")
+    assert "leave --optimizer adamw8bit out" in record.reason
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bf16-mixed"])
+def test_eight_bits_of_a_layer_are_two_bytes_an_entry(dtype):
+    d_in, d_out = 256, 96
+    result = tracked(spec("full", layer=(d_in, d_out), batch=BATCH, seq=SEQ, dtype=dtype, optimizer="adamw8bit"))
+    # Two codes an entry and two magnitudes a block of 256, two tables; moments of the bias in float32.
+    weight = 2 * d_out * d_in + 2 * 4 * d_out * d_in // 256 + 2 * 4 * 256
+    assert result["optimizer_bytes"] == weight + 2 * 4 * d_out
+    assert result["state_params"] == d_out * d_in + d_out
+    parameters = (2 if dtype == "bfloat16" else 4) * (d_out * d_in + d_out)
+    assert result["resident_bytes"] == parameters + result["optimizer_bytes"]
+
+
 # --- gradients accumulated
 
 
@@ -322,7 +352,8 @@ def test_the_options_reach_the_records(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optimizer", "adam"], "--optimizer must be one of adamw, sgd, got 'adam'"),
+        (["--optimizer", "adam"], "--optimizer must be one of adamw, adamw8bit, sgd, got 'adam'"),
+        (["--optimizer", "adamw8bit", "--optimizer-impl", "fused"], "--optimizer-impl fused is for adamw and sgd"),
         (["--accumulate", "0"], "--accumulate must be from 1 to 1024, got 0"),
         (["--dtype", "bf16-mixed", "--adapter-dtype", "float32"], "leave --adapter-dtype out"),
         (["--dtype", "fp16-mixed"], "bfloat16, bf16-mixed, float16, float64, which AdamW steps, got 'fp16-mixed'"),
