@@ -29,7 +29,7 @@ bench: $(VENV)/.complete
 
 # Files of tests spread over two processes, each of one thread where a test does not ask for more.
 test: $(VENV)/.complete
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

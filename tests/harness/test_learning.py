@@ -24,7 +24,7 @@ METHODS = [name for name in methods() if name != "head"]
 
 def made(method, lr):
     budget = None if get(method).knob is None else get(method).knob.default
-    spec = RunSpec(method, budget, model="minilm-l6", batch=16, seq=24, train_rest="none", calibration_steps=3, lr=lr)
+    spec = RunSpec(method, budget, model="minilm-l6", batch=8, seq=24, train_rest="none", calibration_steps=3, lr=lr)
     return spec, spec.workload()
 
 

@@ -16,7 +16,7 @@ from sparsegrad.adapted import weight_shape
 from sparsegrad.gradients import stream_gradients
 from sparsegrad.support import kept_energy
 
-STEPS, HELD_OUT, DENSITY = 30, 2, 0.01
+STEPS, HELD_OUT, DENSITY = 10, 2, 0.01
 
 
 def random_orthogonal(d, generator):

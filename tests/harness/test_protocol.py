@@ -271,7 +271,15 @@ def test_fifty_steps_leak_nothing(method):
 
 
 @pytest.mark.parametrize("method", CORE)
-def test_two_runs_are_identical(method, encoder_memory):
+def test_two_runs_are_identical(method, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "bert", "vocab_size": 211, **TINY["bert"]}))  # with its dropout
+    a_spec = spec(method, model=str(path), batch=3, seq=24)
+    assert memory(a_spec) == memory(a_spec)
+
+
+@pytest.mark.parametrize("method", ["lora", "sparsegrad-core"])
+def test_two_runs_of_the_encoder_are_identical(method, encoder_memory):
     assert memory(spec(method, **ENCODER)) == encoder_memory(method)
 
 

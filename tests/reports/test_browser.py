@@ -97,13 +97,13 @@ def filled(base: Record, value: object, kind: type) -> Record:
 
 
 def many() -> list[Record]:
-    """500 records: 15 workloads, both regimes, every status."""
+    """500 records: 5 workloads, both regimes, every status."""
     records = []
     for number in range(500):
         where = {
-            "model": f"model {number % 15}",
-            "seq": 64 * (number % 15 + 1),
-            "train_rest": ("all", "none")[number // 15 % 2],
+            "model": f"model {number % 5}",
+            "seq": 64 * (number % 5 + 1),
+            "train_rest": ("all", "none")[number // 5 % 2],
         }
         status = (*STATUSES, "ok", "ok")[number // 30 % (len(STATUSES) + 2)]
         record = measured(number, **where) if status == "ok" else failed(number, status, **where)
