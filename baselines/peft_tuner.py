@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from baselines.method import Knob, LayerBytes, Method, MethodError, Setting, Shape
 
@@ -28,7 +29,10 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "dora": ("lora", {"use_dora": True}),
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
     "rslora": ("lora", {"use_rslora": True}),
+    "qlora": ("lora", {}),
 }
+# Names whose target layers become bitsandbytes' Linear4bit first, in NF4 with double quantization.
+FOUR_BIT = ("qlora",)
 # The field that is the budget, where it is not the rank `r`; its name says which counts it takes.
 BUDGETS = {
     "boft": "boft_block_size",
@@ -56,6 +60,13 @@ def tuner_method(name: str) -> type[Method]:
     except ImportError:
         raise MethodError(f"{name} needs peft, an optional extra: pip install peft") from None
     word = name.removeprefix(PREFIX)
+    if word in FOUR_BIT:
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            raise MethodError(
+                f"{name} needs bitsandbytes, an optional extra: pip install bitsandbytes, or take qlora, which does not"
+            ) from None
     if word.endswith(".json"):
         given = _saved(name, word)
         kind, options = str(given.pop("peft_type", "")).lower(), given
@@ -81,6 +92,7 @@ def tuner_method(name: str) -> type[Method]:
         "config_class": config_class,
         "options": dict(options),
         "budget_field": budget,
+        "four_bit": word in FOUR_BIT,
     }
     if budget is not None:
         members["knob"] = Knob(budget if budget != RANK else "rank", default=fields[budget].default)
@@ -94,11 +106,15 @@ class PeftTuner:
     config_class: type
     options: Mapping[str, Any]
     budget_field: str | None
+    four_bit: bool
 
     def prepare(self, model, batches):
         """Inject the tuner into the target layers and set what trains. New weights come from the setting's seed."""
         self.check_model(model)
         names = self.target_names()
+        dtype = model.get_submodule(names[0]).weight.dtype
+        if self.four_bit:
+            in_four_bits(model, names, self.name)
         weights = [model.get_submodule(name).weight for name in names]
         before = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         with torch.random.fork_rng():
@@ -108,9 +124,11 @@ class PeftTuner:
         own = [parameter for parameter in added.values() if parameter.requires_grad]
         self._kept = [parameter for parameter in added.values() if not parameter.requires_grad]
         self._kept += [buffer for buffer in model.buffers() if id(buffer) not in before]
+        if self.four_bit:
+            self._kept += [tensor for weight in weights for tensor in _magnitudes(weight.quant_state)]
         for parameter in own:
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(self.setting.own_dtype(weights[0].dtype))
+                parameter.data = parameter.data.to(self.setting.own_dtype(dtype))
         self._steps = 0
         self.freeze(model, own, weights)
 
@@ -127,6 +145,8 @@ class PeftTuner:
 
     def export(self, model):
         """Merge as peft does it. Raises `MethodError` for a tuner that cannot."""
+        if self.four_bit:
+            raise MethodError(f"{self.name} cannot be merged into plain layers: peft would round the sum to four bits")
         merge = getattr(self._tuner, "merge_and_unload", None)
         try:
             merged = None if merge is None else merge()
@@ -148,9 +168,8 @@ class PeftTuner:
     def formula(self, shape, tokens, dtype):
         """W, and what the tuner adds to a layer; what it saves for backward is not claimed."""
         _, own, kept = self._on_one_layer(shape, dtype)
-        return LayerBytes(
-            parameter=shape[0] * shape[1] * dtype.itemsize + own, gradient=own, optimizer=2 * own, basis=kept
-        )
+        weight = -(-shape[0] * shape[1] // 2) if self.four_bit else shape[0] * shape[1] * dtype.itemsize
+        return LayerBytes(parameter=weight + own, gradient=own, optimizer=2 * own, basis=kept)
 
     def _injected(self, model: nn.Module, names: Sequence[str]):
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -194,6 +213,45 @@ def _added(cls: type[PeftTuner], budget, adapter_dtype: str, shape: Shape, dtype
     method.prepare(model, iter(()))
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return sum(p.numel() for p in own), _bytes(own), _bytes(method.basis_tensors(model))
+
+
+def in_four_bits(model: nn.Module, names: Sequence[str], method: str) -> None:
+    """Put bitsandbytes' Linear4bit in the place of linear layers.
+
+    Raises `MethodError` for other layers, such as Conv1D, and for fake tensors, of which its weights cannot be made.
+    """
+    import bitsandbytes
+
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise MethodError(
+                f"{method} cannot be applied: bitsandbytes has no 4-bit {type(layer).__name__}, which {name} is"
+            )
+        if isinstance(layer.weight, FakeTensor):
+            raise MethodError(
+                f"{method} is measured, and not predicted: bitsandbytes' weights need values; predict qlora instead, "
+                "which stores the same"
+            )
+    for name, layer in layers.items():
+        # Its own weight would be made, and let go again.
+        new = bitsandbytes.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta"
+        )
+        # The packing for inference on CPUs, which an evaluation would begin, has no backward.
+        new.support_avx512bf16_for_cpu = False
+        new.bias = layer.bias
+        new.weight = bitsandbytes.nn.Params4bit(
+            layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
+        )
+        new.weight = new.weight.to(layer.weight.device)  # which quantizes
+        model.set_submodule(name, new)
+    model.is_loaded_in_4bit = True  # by which peft knows its layers for these
+
+
+def _magnitudes(state) -> Iterator[Tensor]:
+    """What bitsandbytes keeps of a weight beside its codes: magnitudes, their own scales and mean, and both tables."""
+    yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 
 def _bytes(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from baselines.method import MethodError, Setting
 from baselines.peft_tuner import ADALORA_STEPS, tuner_method
@@ -123,6 +124,81 @@ def applied_by(name):
     method = get(name)(R, Setting({"up": ["0"], "down": ["2"]}, train_rest="none"))
     method.prepare(model, iter(()))
     return method, model
+
+
+# --- LoRA on bitsandbytes' 4-bit layers
+
+
+@pytest.fixture
+def bitsandbytes():
+    return pytest.importorskip("bitsandbytes", reason="the extra [bitsandbytes] is not installed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_is_our_lora_on_the_weights_in_four_bits(dtype, bitsandbytes):
+    models = []
+    for name in ("lora", "peft:qlora"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 96), nn.GELU(), nn.Linear(96, 128)).to(dtype)
+        get(name)(R, Setting({"up": ["0"], "down": ["2"]}, train_rest="none")).prepare(model, iter(()))
+        models.append(model)
+    ours, theirs = models
+    with torch.no_grad():
+        for own, other in ((ours[0], theirs[0]), (ours[2], theirs[2])):
+            stored = other.base_layer.weight
+            own.weight.copy_(bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state))
+            own.lora_B.normal_()
+            other.lora_A["default"].weight.copy_(own.lora_A)
+            other.lora_B["default"].weight.copy_(own.lora_B)
+    x = torch.randn(5, 128, dtype=dtype)
+    # An evaluation first: it leaves layers as they are.
+    with torch.no_grad():
+        theirs.eval()(x)
+    theirs.train()
+    found = []
+    for model in models:
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.square().sum().backward()
+        found.append([y.detach(), given.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for actual, expected in zip(*found, strict=True):
+        assert (actual - expected).float().norm() < bound * expected.float().norm()
+
+
+def test_our_qlora_stores_what_bitsandbytes_does(bitsandbytes):
+    options = {"block": (64, 128), "batch": 4, "seq": 16, "rounds": 0, "train_rest": "none"}
+    ours, theirs = (
+        (lambda done: {**done.facts(), **done.peaks()})(track(spec, spec.workload(), Tracker()))
+        for spec in (RunSpec(name, R, **options) for name in ("qlora", "peft:qlora"))
+    )
+    for same in ("trainable_params", "state_params", "budget_params", "optimizer_bytes"):
+        assert ours[same] == theirs[same]
+    # Each of its four layers has tables of its own, of 16 and 256 float32, and the library one; ours share theirs, and
+    # have one of pairs.
+    tables = 4 * (4 * (16 + 256) + 256)
+    assert theirs["resident_bytes"] - ours["resident_bytes"] == tables - 4 * (16 + 256 + 2 * 256)
+
+
+def test_four_bits_are_not_predicted_nor_merged_nor_put_in_a_conv1d(bitsandbytes):
+    record = predict(RunSpec("peft:qlora", R, block=(D_IN, D_OUT), batch=2, seq=3, rounds=0))
+    assert record.status == "refused"
+    assert record.reason.startswith("peft:qlora is measured, and not predicted")
+    method, model = applied("qlora")
+    with pytest.raises(MethodError, match="peft:qlora cannot be merged into plain layers"):
+        method.export(model)
+    model = nn.Sequential(nn.Linear(D_OUT, D_IN), nn.GELU(), Conv1D(D_OUT, D_IN))
+    before = list(model)
+    with pytest.raises(MethodError, match="bitsandbytes has no 4-bit Conv1D, which 2 is"):
+        applied("qlora", model)
+    assert list(model) == before
+
+
+def test_without_bitsandbytes_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    tuner_method.cache_clear()
+    with pytest.raises(MethodError, match=r"peft:qlora needs bitsandbytes, an optional extra.*or take qlora"):
+        tuner_method("peft:qlora")
 
 
 def test_adapters_have_the_dtype_that_the_setting_says():
