@@ -90,7 +90,6 @@ class LowRankMethod(Method):
 
     # The rank at which GaLore's paper fine-tunes on GLUE (it also has 4).
     knob = Knob("rank", default=8)
-    is_optimizer = True
     gap: ClassVar[int] = 200  # steps between two projections, in both papers
 
     def prepare(self, model, batches):

@@ -122,8 +122,6 @@ class Method(ABC):
     # Steps after which the memory pattern repeats; a peak is the peak of a whole period. Where the steps of a long one
     # are of few kinds, one of each is measured in its stead: `begin_period` and `step_shares`.
     period: ClassVar[int] = 1
-    # Whether the method is itself a way to step weights, so that no other optimizer can take its place.
-    is_optimizer: ClassVar[bool] = False
     # Whether the gradients of several backward passes add up to that of one over all their examples. They do not where
     # each pass chooses entries by its own examples alone.
     accumulates: ClassVar[bool] = True
@@ -135,9 +133,9 @@ class Method(ABC):
                 f"{setting.accumulate} are not those of one batch {setting.accumulate} times as large; "
                 "use --accumulate 1 with a larger --batch"
             )
-        if self.is_optimizer and setting.optimizer != OPTIMIZERS[0]:
+        if setting.optimizer != OPTIMIZERS[0] and type(self).optimizers is not Method.optimizers:
             raise MethodError(
-                f"{self.name} is an optimizer itself, for which {setting.optimizer} cannot stand in; "
+                f"{self.name} makes its optimizers itself, for which {setting.optimizer} cannot stand in; "
                 f"leave --optimizer {setting.optimizer} out"
             )
         if setting.optimizer == "adamw8bit" and type(self).sparse_parameters is not Method.sparse_parameters:
@@ -174,7 +172,10 @@ class Method(ABC):
         """Change the model in place: calibrate, convert, freeze. `batches` are made one at a time, when drawn."""
 
     def optimizers(self, model: nn.Module, lr: float) -> list[Optimizer]:
-        """SparseAdam or SparseSGD for parameters with COO gradients; AdamW, AdamW8bit or SGD for all others."""
+        """SparseAdam or SparseSGD for parameters with COO gradients; AdamW, AdamW8bit or SGD for all others.
+
+        A method that is itself a way to step weights overrides this, and then takes no other optimizer.
+        """
         sparse = list(self.sparse_parameters(model))
         known = {id(parameter) for parameter in sparse}
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in known]

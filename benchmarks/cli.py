@@ -162,7 +162,7 @@ def _shared_options() -> argparse.ArgumentParser:
         default="adamw",
         metavar=_alternatives(OPTIMIZERS),
         help="adamw (default), adamw8bit (8-bit moments, not for sparse gradients), or sgd without momentum; a method "
-        "that is an optimizer itself takes no other",
+        "that makes its optimizers itself takes no other",
     )
     shared.add_argument(
         "--optimizer-impl",

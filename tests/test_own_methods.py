@@ -101,3 +101,16 @@ def test_its_budget_is_read(tmp_path):
     assert registry.get("lora").name == "lora"
     with pytest.raises(MethodError, match=r"Ten\[0.5\]"):
         registry.get(f"{path}:Ten").check_budget(0.5)
+
+
+def test_one_that_makes_its_optimizers_itself_takes_no_other(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\nfrom baselines.lora import LoRA\nclass Mine(LoRA):\n    def optimizers(self, model, lr):\n"
+        "        return [torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad], lr)]\n"
+    )
+    specs = [RunSpec(f"{path}:Mine", 2, layer=(8, 6), batch=1, seq=3, rounds=0, optimizer=o) for o in ("adamw", "sgd")]
+    taken, refused = map(predict, specs)
+    assert taken.status == "ok"
+    assert (refused.status, refused.optimizer) == ("refused", "sgd")
+    assert "makes its optimizers itself, for which sgd cannot stand in" in refused.reason
