@@ -11,15 +11,15 @@ from html import unescape
 import pytest
 
 from benchmarks import cli
-from benchmarks.claim import command, equal_parameters, equal_peak, fixed_card, paper, quality, sensitivity
+from benchmarks.claim import command, equal_parameters, equal_peak, fixed_card, paper, predictor, quality, sensitivity
 from benchmarks.claim.cases import CASES, LLAMA, PUBLISHED, ROBERTA_BASE, Case
 from benchmarks.claim.equal_parameters import AS_PRINTED, DEFINITIONS, MATCHED, Found
-from benchmarks.claim.predictor import Predictor
+from benchmarks.claim.predictor import Predictor, made_before
 from benchmarks.claim.verdict import FAILS, HOLDS, UNDECIDED, combine, judge
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.spec import RunSpec
 from reports.capacity import CONTEXT_BYTES
-from reports.record import Record, read
+from reports.record import Record, read, write
 
 GIB = 2**30
 SIZES = {name: 1000 for name in DEFINITIONS}
@@ -289,6 +289,66 @@ def test_nothing_fits_is_nought_and_a_failure_is_missing():
     assert (near, apart) == ([HOLDS], [UNDECIDED])
 
 
+def test_a_card_that_failed_leaves_the_search_of_the_next(tiny_need):
+    spec = RunSpec(method="lora", budget=7, model="minilm-l6", device="cuda", batch=32)
+
+    def predict(spec):
+        if spec.gpu_memory_bytes == 16 * GIB:
+            return spec.blank("m", status="crashed", reason="why")
+        return tiny_need(spec, 100 * spec.batch)
+
+    search = fixed_card.Search(spec, "batch", Predictor(predict))
+    found = [search.largest("c", card * GIB) for card in (16, 24, 16)]
+    assert [each.number for each in found] == [None, (24 * 1024 - 512) // 100, None]
+    assert all(found[i].reason.endswith("crashed, why") for i in (0, 2))
+
+
+def test_no_sequence_below_the_least_is_asked_for_and_none_fits_where_that_does_not(tiny_need):
+    spec = RunSpec(method="lora", budget=7, model="minilm-l6", device="cuda", batch=32, seq=128)
+    asked = []
+
+    def predict(spec):
+        asked.append(spec.seq)
+        return tiny_need(spec, 99 * 1024 + spec.seq)
+
+    largest = fixed_card.Search(spec, "seq", Predictor(predict)).largest("c", 16 * GIB)
+    assert (largest.number, largest.most, largest.reason) == (0, 0, None)
+    assert min(asked) == largest.record.seq == fixed_card.LEAST["seq"]
+
+
+def test_a_peak_that_hardly_rises_is_followed_in_bounded_steps(tiny_need):
+    """Up to 60 examples the peak lies in the optimizer's step; beyond, at 200 MiB an example."""
+    spec = RunSpec(method="lora", budget=7, model="minilm-l6", device="cuda", batch=8)
+    asked = []
+
+    def predict(spec):
+        asked.append(spec.batch)
+        return tiny_need(spec, max(12000, 200 * spec.batch) + spec.batch / 1024)
+
+    largest = fixed_card.Search(spec, "batch", Predictor(predict)).largest("c", 16 * GIB)
+    assert largest.number == (16 * 1024 - 512) // 200
+    assert all(n <= fixed_card.FURTHEST * max(asked[:i]) for i, n in enumerate(asked) if i)
+
+
+@pytest.fixture
+def tiny_need():
+    """A function of a spec and its peak in MiB, of a step and of reserved memory, to a prediction."""
+
+    def predicted(spec, mib):
+        size = int(mib * 2**20)
+        room = spec.gpu_memory_bytes
+        return spec.blank(
+            "m",
+            device_semantics="cuda",
+            peak_step_bytes=size,
+            peak_reserved_bytes=size,
+            peak_preparation_bytes=0,
+            fits=None if room is None else size <= room - CONTEXT_BYTES,
+        )
+
+    return predicted
+
+
 def test_turns_count_the_conditions_that_need_less():
     base = {"method": "m", "batch": 1, "seq": 2, "dtype": "float32", "changed": None}
     rows = [{**base, "batch": batch, "to_lora": ratio} for batch, ratio in ((1, 1.5), (2, 0.9), (3, 1.0), (4, None))]
@@ -408,6 +468,67 @@ def test_a_prediction_is_made_once_and_keeps_why_its_budget_was_chosen():
     assert len(asked) == 1
     assert [record.matched for record in records] == [True, None]
     assert len(predictor.records) == 1
+
+
+def test_what_was_predicted_before_is_not_predicted_again():
+    asked = []
+
+    def predict(spec):
+        asked.append(spec)
+        return spec.blank("minilm-l6", peak_step_bytes=2)
+
+    spec = RunSpec(method="lora", budget=7, model="minilm-l6")
+    # A record names the workload's own data, and why its budget was chosen.
+    known = replace(spec.blank("minilm-l6", peak_step_bytes=1), matched=True, data="random tokens")
+    going_on = Predictor(predict, known=[known, replace(known, budget=8)])
+    assert going_on(spec) == replace(known, matched=None)
+    assert asked == []
+    others = [{"batch": 5}, {"model": "bert-base"}, {"gpu_memory_bytes": GIB}, {"optimizer": "sgd"}, {"data": "trec"}]
+    for other in others:
+        going_on(replace(spec, **other))
+    assert asked == [replace(spec, **other) for other in others]
+    assert going_on.records[0] == known
+    assert [record.budget for record in going_on.unasked] == [8]
+
+
+def test_only_this_codes_own_predictions_are_taken_up(tmp_path, monkeypatch):
+    facts = {"commit": "a", "python_version": "3", "torch_version": "2", "transformers_version": "5"}
+    monkeypatch.setattr(predictor, "environment", lambda device: facts)
+    monkeypatch.setattr(predictor, "version", lambda package: "5")
+    path = tmp_path / "records.json"
+    assert made_before(path) == []
+    same = replace(LORA, **facts)
+    write([same, *(replace(same, **{name: "9"}) for name in facts), replace(same, status="crashed")], path)
+    assert made_before(path) == [same]
+    for unknown in (None, "a-dirty"):
+        facts["commit"] = unknown
+        assert made_before(path) == []
+
+
+def test_an_ended_claim_goes_on_where_it_was(tiny, monkeypatch, capsys):
+    """Ended by an error after the third prediction, then again after the second new one, then not."""
+    monkeypatch.setattr(command, "made_before", lambda path: read(path) if path.exists() else [])
+    made, real = [], predictor.predict
+
+    def ended(most):
+        def run(spec):
+            if most is not None and len(made) == most:
+                raise KeyboardInterrupt
+            made.append(spec)
+            return real(spec)
+
+        monkeypatch.setattr(command, "Predictor", partial(Predictor, run))
+
+    arguments = ["claim", "--quick", "--out", str(tiny), "--jobs", "1"]
+    for most in (3, 5):
+        ended(most)
+        with suppress(KeyboardInterrupt):
+            cli.main(arguments)
+        assert len(read(tiny / "records.json")) == len(made) == most
+    ended(None)
+    assert cli.main(arguments) == 0
+    assert len(made) == len(set(made)) == len(read(tiny / "records.json"))
+    assert f"5 predictions of this version are in {tiny / 'records.json'}" in capsys.readouterr().err
 
 
 def doubled(spec):

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.claim import equal_parameters, equal_peak, fixed_card, paper, sensitivity
 from benchmarks.claim.cases import CASES, GPU, MEMORY_TRUE, METHODS, PUBLISHED, RIVALS, ROBERTA_BASE, Case
 from benchmarks.claim.equal_parameters import AS_PRINTED, DECIDING, DEFINITIONS, MATCHED, Found
-from benchmarks.claim.predictor import Predictor
+from benchmarks.claim.predictor import Predictor, made_before
 from benchmarks.claim.quality import SUMMARY, Quality, scores
 from benchmarks.claim.quality import judge as judge_quality
 from benchmarks.claim.quality import read as read_quality
@@ -109,11 +109,16 @@ def claim(out: Path, quick: bool, require: str | None = None, study: Path | None
 
 def _judge(out: Path, quick: bool, quality: Mapping[str, object] | None, space, jobs: int) -> str:
     """The verdict; all that it rests on is written into `out`."""
-    with Predictor(jobs=jobs) as predictor:
+    known = made_before(out / "records.json")
+    if known:
+        say(f"{len(known)} predictions of this version are in {out / 'records.json'}, and not made again")
+    with Predictor(jobs=jobs, known=known) as predictor:
         try:
             found = gather(QUICK if quick else FULL, predictor, quality)
-        finally:
-            write(predictor.records, out / "records.json")
+        except BaseException:
+            write([*predictor.records, *predictor.unasked], out / "records.json")
+            raise
+    write(predictor.records, out / "records.json")
     found |= {"quick": quick, "space": space}
     write_bytes((json.dumps(found, indent=1, allow_nan=False) + "\n").encode(), out / "claim.json")
     for name in ("verdicts", "memory", "budgets", "cards", "sensitivity"):

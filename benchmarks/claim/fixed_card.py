@@ -19,14 +19,20 @@ from reports.record import Record
 AXES = ("batch", "seq", "model")
 # A search ends where the number that fits and the next that does not are as near: every number below 200 is exact.
 RESOLUTION = 1 / 200
+# Where even so few do not fit, none does. Of a token or two a prediction does not know which rows of dL/dY are zero.
+LEAST = {"batch": 1, "seq": 8}
+# A search goes on to at most so many times the largest number that is known: peaks that hardly rise, because they lie
+# in the optimizer's step, say nothing of how far it is to one that does not fit.
+FURTHEST = 8
 
 
 @dataclass(frozen=True)
 class Largest:
     """The largest batch or sequence (`number`), or model (`name`, and its parameters) of a method on a card.
 
-    `number` was seen to fit, and what is above `most` not to. `number` is 0 where none fits, and None where it was not
-    obtained (`reason`); `longest`: the search ended at the model's longest sequence, so that the card may hold more.
+    `number` was seen to fit, and what is above `most` not to. `number` is 0 where `LEAST` does not fit, and None where
+    it was not obtained (`reason`); `longest`: the search ended at the model's longest sequence, so that the card may
+    hold more.
     """
 
     case: str
@@ -100,11 +106,12 @@ class Search:
         self._spec, self._axis, self._predictor = spec, axis, predictor
         longest = spec.workload().longest_seq if axis == "seq" else None
         self._most, self._ends = longest or MOST[axis], longest is not None
+        self._least = min(LEAST[axis], self._most)
         self._known: dict[int, Record] = {}
 
     def largest(self, case: str, card: int) -> Largest:
         """The largest that fits on the card."""
-        low, high = 0, self._most + 1
+        low, high = self._least - 1, self._most + 1
         for number, record in self._known.items():
             if word(record, card) == FITS:
                 low = max(low, number)
@@ -113,8 +120,8 @@ class Search:
         step, moved, ends = 0, None, set()
         while high - low - 1 > low * RESOLUTION:
             if step == 0 or len(self._known) <= 3:
-                number = self._guess(card)
-                step = math.ceil(number * RESOLUTION)
+                number, near = self._guess(card)
+                step = math.ceil(number * RESOLUTION) if near else 0
             elif len(ends) == 2:
                 number = (low + high) // 2
             else:
@@ -129,7 +136,9 @@ class Search:
             low, high = (number, high) if fitting else (low, number)
             if len(self._known) > 2:
                 ends.add(moved)
-        record = self._known.get(low) or self._tried(max(1, low), card)[0]
+        if low < self._least:
+            return Largest(case, self._axis, card, self._known[self._least], 0, 0)
+        record = self._known.get(low) or self._tried(low, card)[0]
         return Largest(case, self._axis, card, record, low, high - 1, longest=self._ends and low == self._most)
 
     def _tried(self, number: int, card: int) -> tuple[Record, bool]:
@@ -137,19 +146,27 @@ class Search:
         start = getattr(self._spec, self._axis)
         spec = replace(self._spec, **{self._axis: number})
         limited = spec if number == start else replace(spec, gpu_memory_bytes=card)
-        self._known[number] = record = self._predictor(limited)
-        return record, record.status == "ok" and fits(spec, record, card, self._predictor)
+        record = self._predictor(limited)
+        if record.status != "ok":
+            return record, False
+        self._known[number] = record
+        return record, fits(spec, record, card, self._predictor)
 
-    def _guess(self, card: int) -> int:
-        """Where the card's size lies on a line through what is known: its neighbours, or the first and the last."""
+    def _guess(self, card: int) -> tuple[int, bool]:
+        """Where the card's size lies on a line through what is known: its neighbours, or the first and the last.
+
+        And whether it was not too far to go there.
+        """
         known = sorted(self._known.items())
         if len(known) < 2:
             start = getattr(self._spec, self._axis)
-            return 2 * start if known else start
+            return (2 * start if known else start), True
         points = [(number, Need.of(record).least_bytes) for number, record in known]
         below, above = [p for p in points if p[1] <= card], [p for p in points if p[1] > card]
         (x0, y0), (x1, y1) = (below[-1], above[0]) if below and above else (points[0], points[-1])
-        return x0 + (card - y0) * (x1 - x0) // (y1 - y0) if y1 != y0 else 2 * x1
+        guess = x0 + (card - y0) * (x1 - x0) // (y1 - y0) if y1 != y0 else 2 * x1
+        furthest = FURTHEST * known[-1][0]
+        return min(guess, furthest), guess <= furthest
 
 
 def rows(found: Sequence[Largest]) -> list[dict[str, object]]:

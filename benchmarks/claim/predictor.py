@@ -11,19 +11,24 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import count
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.collect import outcome, say
+from benchmarks.harness.environment import environment
 from benchmarks.harness.predict import predict
 from benchmarks.harness.spec import RunSpec
-from reports.record import Record
+from reports.record import Record, read
 
 Found = TypeVar("Found")
 
 # What says why a budget was chosen, and changes nothing of what is predicted.
 _REASONS = ("matched", "equal_trainable", "equal_memory")
+# What a spec asks for, of the fields of a record. Its data is the workload's own, which only the record names.
+_ASKED = tuple(sorted(set(RunSpec("full").configuration()) - {*_REASONS, "data"}))
 # Which of the parts of `each` asks.
 _PART: ContextVar[int | None] = ContextVar("part", default=None)
 
@@ -37,14 +42,16 @@ class Predictor:
         run: what predicts; records lose their timelines, which nothing here reads.
         jobs: predictions at a time. With 1 they are made in this process; else in others, where `run` must be a
             function of a module.
+        known: records that need not be made again, such as `made_before` finds.
     """
 
-    def __init__(self, run: Callable[[RunSpec], Record] = predict, jobs: int = 1):
+    def __init__(self, run: Callable[[RunSpec], Record] = predict, jobs: int = 1, known: Iterable[Record] = ()):
         self._run, self._jobs = run, jobs
         self._pool: ProcessPoolExecutor | None = None
         if jobs > 1:
             spawn = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent)
+        self._known = {_identity(record): record for record in known}
         self._found: dict[RunSpec, Future[Record]] = {}
         self._places: dict[RunSpec, tuple[int, int]] = {}
         self._turn, self._asked, self._said = threading.Lock(), count(), count(1)
@@ -65,6 +72,11 @@ class Predictor:
         """All that were predicted, in the order in which one process alone would have made them."""
         done = [spec for spec, found in self._found.items() if found.done() and not found.cancelled()]
         return [self._found[spec].result() for spec in sorted(done, key=self._places.get) if not self._failed(spec)]
+
+    @property
+    def unasked(self) -> list[Record]:
+        """The known records that nothing asked for so far."""
+        return list(self._known.values())
 
     def each(self, parts: Iterable[Callable[[], Found]]) -> list[Found]:
         """What the parts give, in their order. With several jobs all wait for their predictions side by side.
@@ -87,6 +99,8 @@ class Predictor:
     def __call__(self, spec: RunSpec) -> Record:
         """The record of `spec`."""
         key = replace(spec, **dict.fromkeys(_REASONS))
+        if key not in self._found and key.data is None:
+            self._take_up(key)
         asked = key in self._found
         if not asked:
             self._found[key] = Future() if self._pool is None else self._pool.submit(_made, self._run, key)
@@ -103,6 +117,12 @@ class Predictor:
         if not asked:
             self._say(key, record)
         return replace(record, **{name: getattr(spec, name) for name in _REASONS})
+
+    def _take_up(self, spec: RunSpec) -> None:
+        """Found, if it is known."""
+        if record := self._known.pop(_identity(spec.blank(spec.label())), None):
+            self._found[spec] = Future()
+            self._found[spec].set_result(record)
 
     def _placed(self, number: int, part: Callable[[], Found]) -> Found:
         _PART.set(number)  # a thread of the pool may serve several parts, one after the other
@@ -126,6 +146,27 @@ class Predictor:
         passed = time.monotonic() - self._started
         facts = f"{spec.label()}, {spec.batch} x {spec.seq}, {spec.dtype}, {spec.device}, {record.label}"
         say(f"[{next(self._said)}] {facts}: {outcome(record)} (after {passed:.0f} s)")
+
+
+def made_before(path: Path) -> list[Record]:
+    """The predictions of a file that this very code would make again, by its commit and versions; none without a file.
+
+    Raises `RecordError` for a file that holds no records.
+    """
+    facts = environment("cpu") | {"transformers_version": version("transformers")}
+    if not path.exists() or facts["commit"] is None or str(facts["commit"]).endswith("-dirty"):
+        return []
+    same = {name: facts[name] for name in ("commit", "python_version", "torch_version", "transformers_version")}
+    return [
+        record
+        for record in read(path)
+        if record.status == "ok" and same == {name: getattr(record, name) for name in same}
+    ]
+
+
+def _identity(record: Record) -> tuple[object, ...]:
+    """What was asked for, and of which workload."""
+    return (record.model, *(getattr(record, name) for name in _ASKED))
 
 
 def _made(run: Callable[[RunSpec], Record], spec: RunSpec) -> Record:
