@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from reports.figures.step_time import ticks
 from reports.palette import INK, by_name, method_colour, method_marker
@@ -94,7 +94,7 @@ def draw_bars(
 ) -> Sheet:
     """Horizontal bars, a panel a group of rows with `name`, `method`, `value` (None: `note` stands in its place).
 
-    `heading` stands above the panels and `label` at the axes; with `log` bars begin at 1.
+    `heading` stands above the panels and `label` at the axes; with `log` bars begin at 1, else values are counts.
     """
     legend: list[Patch] = []
     sheet = Sheet(title, legend, layout)
@@ -120,7 +120,7 @@ def draw_bars(
             ax.set_xlim(0, 1.02 * max([*known, 1]))
             ax.set_xlabel(label)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-            ax.locator_params(axis="x", nbins=4)
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.set_ylim(grid.height, 0)
         ax.yaxis.set_major_locator(NullLocator())
         for position, each in enumerate(rows):
@@ -169,7 +169,9 @@ def draw_conditions(title: str, rows: Rows, tolerance: float, layout: Layout = W
             ax.set_xlim(min([*batches, 10]) / 1.3, max([*batches, 10]) * 1.3)
             ax.set_ylim(low - margin, high + margin)
             ax.set_xlabel("batch, log scale")
-            if index % grid.columns == 0:
+            first = index % grid.columns == 0
+            ax.tick_params(labelleft=first)  # the others would stand in their neighbour's panel
+            if first:
                 ax.set_ylabel("peak / LoRA's")
             ax.axhspan(1 - tolerance, 1 + tolerance, zorder=0.5, **_band())
             ax.axhline(1, color=THEME.foreground, linewidth=0.8, zorder=1)

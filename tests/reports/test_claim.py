@@ -6,7 +6,7 @@ from html import unescape
 
 import pytest
 
-from reports import claim
+from reports import claim, sheet
 from reports.figures import claim as figures
 
 MIB = 2**20
@@ -360,3 +360,26 @@ def test_a_line_joins_the_ratios_of_a_method_by_batch(found):
     (ax,) = figures.draw_conditions("t", grid[::-1], 0.02).figure.axes
     lines = [line for line in ax.lines if line.get_marker() != "None"]
     assert [list(zip(*line.get_data(), strict=True)) for line in lines] == [[(8, 1.3), (32, 1.1)]]
+
+
+@pytest.mark.parametrize("layout", [sheet.WIDE, sheet.NARROW], ids=lambda layout: layout.name)
+def test_no_scale_stands_in_a_neighbours_panel(found, layout):
+    (row, *_) = (row for row in found["sensitivity"] if row["kind"] == "grid")
+    grid = [{**row, "seq": seq, "batch": batch} for seq in (32, 128, 512) for batch in (8, 32, 128)]
+    figure = figures.draw_conditions("t", grid, 0.02, layout).figure
+    figure.draw_without_rendering()
+    panels = [ax.get_window_extent() for ax in figure.axes]
+    labels = [
+        label.get_window_extent()
+        for ax in figure.axes
+        for label in ax.get_yticklabels()
+        if label.get_text() and label.get_visible()
+    ]
+    assert labels
+    assert not [label for label in labels for panel in panels if label.overlaps(panel)]
+
+
+def test_counts_have_no_halves_on_their_scale():
+    rows = [{"name": "a", "method": "lora", "value": 1, "note": "1"}]
+    (ax,) = figures.draw_bars("t", "h", {"g": rows}, "batch").figure.axes
+    assert list(ax.get_xticks()) == pytest.approx([round(tick) for tick in ax.get_xticks()])
