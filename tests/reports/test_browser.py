@@ -13,12 +13,15 @@ from urllib.parse import quote
 
 import pytest
 
-from reports import page, tables
+from reports import claim, page, space, tables
 from reports.history import Line, Trend
 from reports.record import BREAKDOWN, STATUSES, Record, RecordError
 from reports.thresholds import read_thresholds
 from reports.timeline import MOST_SAMPLES, Timeline
 from reports.trend import write_trend
+from tests.reports.test_claim import a_claim, poisoned, the_paper
+from tests.reports.test_quality import a_study
+from tests.reports.test_space import a_space
 
 MIB = 2**20
 SCREENS = list(itertools.product((390, 1400), ("light", "dark")))
@@ -178,7 +181,7 @@ RECORDS = {
 
 # Finds what is wrong with a document as it is shown now; returns [kind, text] of each defect, at most ten of a kind.
 EXAMINE = r"""
-(async ({ width, theme }) => {
+(async ({ width, theme, files }) => {
   const found = [], counts = {};
   const defect = (kind, text) => {
     counts[kind] = (counts[kind] || 0) + 1;
@@ -309,7 +312,7 @@ EXAMINE = r"""
   for (const link of document.querySelectorAll("[href]")) {
     const target = link.getAttribute("href");
     if (target.startsWith("#")) lead(decodeURIComponent(target.slice(1)), "a link");
-    else if (!["index.html", "trend.html"].includes(target)) defect("link", `leads away: ${target}`);
+    else if (!["index.html", "trend.html", ...files].includes(target)) defect("link", `leads away: ${target}`);
   }
   for (const attribute of ["aria-labelledby", "aria-describedby", "for"])
     for (const element of document.querySelectorAll(`[${attribute}]`))
@@ -385,10 +388,13 @@ Array.from(document.querySelectorAll("table"), (table) => ({
 """
 
 
-def examine(tab, width: int, theme: str) -> dict[str, list[str]]:
-    """The page's defects on such a screen, by kind, with whatever went wrong since it was opened."""
+def examine(tab, width: int, theme: str, files: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """The page's defects on such a screen, by kind, with whatever went wrong since it was opened.
+
+    `files` stand beside the page, so that it may link to them.
+    """
     tab.show(width, theme)
-    defects = tab.evaluate(f"({EXAMINE})({json.dumps({'width': width, 'theme': theme})})")
+    defects = tab.evaluate(f"({EXAMINE})({json.dumps({'width': width, 'theme': theme, 'files': files})})")
     # The page itself is the one request; what it carries within is none.
     asked = [url for url in tab.requests if not url.startswith("data:")][1:]
     kinds = defaultdict(list)
@@ -474,6 +480,28 @@ def test_trend_has_no_defect(name, browser, tmp_path):
     assert tab.evaluate("document.scripts.length") == 0
     if name == "hostile":
         assert MARKUP.split("$")[0] in tab.evaluate("document.body.innerText")
+    tab.close()
+
+
+def whole_claim() -> dict[str, object]:
+    """A claim in which nothing is missing."""
+    return {**a_claim(), "quality": a_study(), "space": a_space(), "paper": the_paper()}
+
+
+CLAIMS = {
+    "whole": whole_claim,
+    "quick and not studied": lambda: {**a_claim(), "quick": True, "sensitivity": [], "turns": [], "cards": []},
+    "hostile": lambda: poisoned(a_claim(), MARKUP),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claim_has_no_defect(name, browser, tmp_path):
+    tab = browser.open(claim.write_page(CLAIMS[name](), tmp_path))
+    tab.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+    files = tuple(file for file, _ in (*claim.FILES, *space.FILES))
+    assert {screen: found for screen in SCREENS if (found := examine(tab, *screen, files))} == {}
+    assert tab.evaluate("document.scripts.length") == 0
     tab.close()
 
 

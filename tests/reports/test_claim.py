@@ -109,6 +109,10 @@ def reading(number, word):
 
 @pytest.fixture
 def found():
+    return a_claim()
+
+
+def a_claim():
     """A claim whose readings have the three verdicts, and whose quality was not studied."""
     conditions = [
         {
@@ -273,10 +277,11 @@ def test_quality_that_was_not_studied_says_so_and_is_no_pass(found, tmp_path):
     assert "c minus b — — — — undecided 3 of 9 runs are not done" in text
 
 
-def test_the_papers_numbers_stand_beside_ours(found, tmp_path):
+def the_paper():
+    """The paper's figures with one definition that has other ratios and one that was not obtained."""
     names = ("full", "lora", "sparsegrad")
     ratios = {"lora/full": 0.702, "sparsegrad/full": 0.755, "sparsegrad/lora": 1.076}
-    found["paper"] = {
+    return {
         "memory_mb": dict(zip(names, (1345.0, 944.0, 1016.0), strict=True)),
         "ratios": ratios,
         "agreement": 0.02,
@@ -288,6 +293,10 @@ def test_the_papers_numbers_stand_beside_ours(found, tmp_path):
         "by_batch": [{"batch": 16, **dict.fromkeys(names, 1.0)}],
         "finding": "The finding.",
     }
+
+
+def test_the_papers_numbers_stand_beside_ours(found, tmp_path):
+    found["paper"] = the_paper()
     text = text_of(page(found, tmp_path))
     assert "prints 1,345, 944 and 1,016 MB" in text
     assert "7.6 % apart" in text
@@ -305,15 +314,17 @@ def test_the_quick_selection_says_that_it_is(found, tmp_path, quick):
     assert "Not part of the quick selection" in text
 
 
-def test_what_comes_from_a_file_is_escaped(found, tmp_path):
-    def poisoned(value):
-        if isinstance(value, dict):
-            kept = ("method", "verdict", "budgets", "kind", "axis", "semantics", "definition", "direction", "status")
-            return {name: each if name in kept else poisoned(each) for name, each in value.items()}
-        if isinstance(value, list):
-            return [poisoned(each) for each in value]
-        return HOSTILE if isinstance(value, str) else value
+def poisoned(value, text=HOSTILE):
+    """`value` with `text` for every word that the page does not look up."""
+    if isinstance(value, dict):
+        kept = ("method", "verdict", "budgets", "kind", "axis", "semantics", "definition", "direction", "status")
+        return {name: each if name in kept else poisoned(each, text) for name, each in value.items()}
+    if isinstance(value, list):
+        return [poisoned(each, text) for each in value]
+    return text if isinstance(value, str) else value
 
+
+def test_what_comes_from_a_file_is_escaped(found, tmp_path):
     found["quality"] |= {"studied": True, "cases": [{**COMPARISON, "case": "x", "verdict": "holds", "reason": "y"}]}
     html = page(poisoned(found), tmp_path)
     assert "<script" not in html

@@ -84,6 +84,10 @@ FACTS = {
 
 @pytest.fixture
 def study():
+    return a_study()
+
+
+def a_study():
     """Five arms, one of which has not run."""
     return {
         "verdict": "fails",

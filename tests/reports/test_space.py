@@ -46,6 +46,10 @@ def counted(padded, tokens, padding, zero, **fields):
 
 @pytest.fixture
 def found():
+    return a_space()
+
+
+def a_space():
     """What `claim.json` holds of a measurement of two layers of one kind."""
     return {
         "premise": "few matter",
