@@ -37,6 +37,7 @@ CORE = (
     "sparsegrad-core",
     "sparsegrad-directions",
 )
+_IN_A_FILE = re.compile(r"(.+\.py):(\w+)")
 LONGEST_BUDGET = 40  # characters of a count or a core
 
 
@@ -65,11 +66,16 @@ def get(name: str) -> type[Method]:
         return known[name]
     if is_peft(name):
         return tuner_method(name)
-    if match := re.fullmatch(r"(.+\.py):(\w+)", name):
+    if match := _IN_A_FILE.fullmatch(name):
         return from_file(match[1], match[2])
     raise MethodError(
         f"unknown method {name!r}; the registry has: {', '.join(known)}, and peft:NAME and FILE.py:CLASS name others"
     )
+
+
+def may_be(name: str) -> bool:
+    """Whether a name can be a method's, told without running a file or importing peft."""
+    return name in methods() or is_peft(name) or _IN_A_FILE.fullmatch(name) is not None
 
 
 @cache

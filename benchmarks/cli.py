@@ -32,7 +32,7 @@ CLUSTERS = ("slurm", "local")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 OPTIMIZER_IMPLS = ("for-loop", "foreach", "fused")
 # Options of `quality` that do not go with --space.
-STUDYS_OWN = ("jobs", "cluster", "cluster_option", "minutes", "time_limit", "arms", "seeds")
+STUDYS_OWN = ("jobs", "cluster", "cluster_option", "minutes", "time_limit", "arms", "lrs", "seeds")
 
 RUN_EXAMPLES = """examples:
   sparsegrad-bench run --model minilm-l6 --methods full,lora[7],sparsegrad --equal-trainable lora[7] --json -
@@ -53,6 +53,7 @@ QUALITY_EXAMPLES = """examples:
   sparsegrad-bench quality --out study --jobs 2
   sparsegrad-bench quality --out study --jobs 2 --minutes 60 --json summary.json
   sparsegrad-bench quality --out small --tasks trec,amazon --arms lora,sparsegrad-core@peak --train-size 100 --epochs 15
+  sparsegrad-bench quality --out mine --arms lora,random-mask,my_method.py:MyMethod,my_method.py:MyMethod@peak
   sparsegrad-bench quality --out glue --model google-bert/bert-base-uncased --tasks glue/rte,glue/mrpc --hub
   sparsegrad-bench quality --out study --jobs 64 --cluster slurm --cluster-option slurm_partition=short
   sparsegrad-bench quality --space --out space --json -
@@ -341,7 +342,18 @@ def _add_quality(commands) -> None:
         type=several(str),
         help="packaged data sets, or glue/TASK with --hub (default: the core study's six; with --space trec,amazon)",
     )
-    quality.add_argument("--arms", default="core", help="core (default), extended, or names separated by commas")
+    quality.add_argument(
+        "--arms",
+        default="core",
+        help="core (default), extended, or names separated by commas: of those two sets, or any METHOD (peft:NAME and "
+        "FILE.py:CLASS too) at LoRA's number of parameters and METHOD@peak at its peak",
+    )
+    quality.add_argument(
+        "--lrs",
+        type=several(float),
+        metavar="RATE,...",
+        help="learning rates that every arm is tuned over (default: four of each arm's own; LoRA's where it has none)",
+    )
     quality.add_argument(
         "--train-size", type=_size_or_all, default=300, metavar="N|all", help="training examples (default: 300)"
     )

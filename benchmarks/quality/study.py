@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 from baselines.method import Budget
+from baselines.registry import may_be
 from benchmarks.harness.budget import equal_memory
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.plan import plan, plan_equal_memory
 from benchmarks.harness.predict import predict
 from benchmarks.harness.text import SENTIMENT
 from benchmarks.quality.training import FINAL, TUNING, Outcome, Trial
+from reports.reading import shown
 from reports.record import Record
 
 REFERENCE = "lora[7]"
@@ -26,12 +28,14 @@ METRIC = "peak_step_bytes"
 MEMORY_BATCH, MEMORY_SEQ = 16, 64
 
 # The learning rates that can be tried. Each arm has four neighbours of them, around those that were best for it in
-# protocol 1, where five from 1e-4 to 1e-2 were tried (`full` 3e-5 to 3e-3, `head` 3e-4 to 3e-2).
+# protocol 1, where five from 1e-4 to 1e-2 were tried (`full` 3e-5 to 3e-3, `head` 3e-4 to 3e-2); those from `pissa` on
+# were not in it, and docs/quality-protocol.md says what theirs come from.
 SERIES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 TRIED = 4
 TUNING_SEEDS = (1000, 1001)
 
 PARAMETERS, PEAK, NONE = "parameters", "peak", "none"
+AT_PEAK = f"@{PEAK}"
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,41 @@ EXTENDED = (
     Arm("sparsegrad-compact", "sparsegrad-compact", PARAMETERS),
     Arm("meprop-example", "meprop-example", PARAMETERS),
     Arm("meprop-unified", "meprop-unified", PARAMETERS),
+    Arm("pissa", "pissa", PARAMETERS, 2e-4),
+    Arm("qlora", "qlora", PARAMETERS),
+    Arm("dora", "dora", PARAMETERS),
+    Arm("lora-fa", "lora-fa", PARAMETERS, 1e-3),
+    Arm("lora-fa@peak", "lora-fa", PEAK, 1e-3),
+    Arm("lora-xs", "lora-xs", PARAMETERS, 1e-3),
+    # With as many parameters as LoRA it would have 12,480 directions in each random matrix.
+    Arm("vera@peak", "vera", PEAK, 5e-3),
+    Arm("bitfit", "bitfit", NONE, 5e-3),
+    Arm("gmt", "gmt", PARAMETERS, 2e-4),
+    Arm("sift", "sift", PARAMETERS, 1e-3),
+    Arm("smt", "smt", PARAMETERS, 2e-3),
+    Arm("smt@peak", "smt", PEAK),
+    Arm("galore", "galore", PARAMETERS, 2e-3),
+    Arm("apollo", "apollo", PARAMETERS, 1e-3),
 )
 ARMS = {arm.name: arm for arm in (*CORE, *EXTENDED)}
 CORE_TASKS = ("trec", "trec-fine", "movie-sentiment", "amazon", "nyt", "tweets")
+
+
+def arm_of(name: str) -> Arm:
+    """The arm of a name: one that is listed here, or `METHOD` and `METHOD@peak` with any other method and LoRA's rates.
+
+    No file is run for `FILE.py:CLASS`, and peft is not asked: whether that method exists is seen when it is predicted.
+    Raises `InputError`.
+    """
+    if name in ARMS:
+        return ARMS[name]
+    method = name.removesuffix(AT_PEAK)
+    if not may_be(method):
+        raise InputError(
+            f"unknown arm {shown(name)}: choose of {', '.join(ARMS)}, or name any method, which gets LoRA's number of "
+            f"parameters, or with {AT_PEAK} behind it LoRA's peak"
+        )
+    return Arm(name, method, PEAK if name.endswith(AT_PEAK) else PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -98,13 +134,15 @@ class Study:
     hub: bool = False
 
     def __post_init__(self):
-        if strange := [name for name in self.arms if name not in ARMS]:
-            raise InputError(f"unknown arm {strange[0]!r}: choose of {', '.join(ARMS)}")
+        for name in self.arms:
+            arm_of(name)
         for what, values in (("tasks", self.tasks), ("arms", self.arms), ("lrs", self.lrs)):
             if values is None:
                 continue
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{what} must be one or more, each once, got {', '.join(map(str, values)) or 'none'}")
+        if wrong := [lr for lr in self.lrs or () if not 0 < lr < math.inf]:
+            raise InputError(f"learning rates must be positive and finite, got {wrong[0]:g}")
         # Their errors depend on each other, and the statistics would take them for independent.
         if twins := [name for name in self.tasks if f"{name}{SENTIMENT}" in self.tasks]:
             raise InputError(f"{twins[0]} and {twins[0]}{SENTIMENT} have the same texts: choose one of them")
@@ -116,7 +154,7 @@ class Study:
 
     def lrs_of(self, arm: str) -> tuple[float, ...]:
         """The learning rates that are tried for an arm."""
-        return ARMS[arm].lrs if self.lrs is None else self.lrs
+        return arm_of(arm).lrs if self.lrs is None else self.lrs
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -150,7 +188,7 @@ def records(study: Study, say: Callable[[str], None] = lambda _: None) -> dict[s
     }
     found = {}
     for name in study.arms:
-        arm = ARMS[name]
+        arm = arm_of(name)
         if arm.matched == PEAK:
             found[name] = _at_equal_peak(arm, common)
         else:
@@ -164,6 +202,8 @@ def records(study: Study, say: Callable[[str], None] = lambda _: None) -> dict[s
 
 def _at_equal_peak(arm: Arm, common: Mapping[str, object]) -> Record:
     reference, (spec,), largest = plan_equal_memory(arm.method, REFERENCE, METRIC, **common)
+    if arm.method not in largest:
+        raise InputError(f"the arm {arm.name} has no budget to match: name it {arm.method}")
     limit = predict(reference)
     if limit.status != "ok":
         raise InputError(f"nothing can be matched to {limit.label}: {limit.status}, {limit.reason}")
@@ -239,7 +279,7 @@ def _trial(study: Study, purpose: str, task: str, arm: str, budget: Budget, lr: 
         task=task,
         train_size=study.train_size,
         arm=arm,
-        method=ARMS[arm].method,
+        method=arm_of(arm).method,
         budget=budget,
         lr=lr,
         seed=seed,

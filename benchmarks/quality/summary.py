@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.harness.errors import InputError
 from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.statistics import LEVEL, Paired, Runs, compare, holm, mean_interval
-from benchmarks.quality.study import ARMS, PRIMARY, mean_scores, trials
+from benchmarks.quality.study import NONE, PRIMARY, arm_of, mean_scores, trials
 from benchmarks.quality.tasks import PROTOCOL, Task, load_task
 from benchmarks.quality.training import FINAL, TUNING, Outcome
 
@@ -170,7 +170,7 @@ def _arm(name: str, record, ledger: Ledger, tasks: Mapping[str, Task], finals: F
         "label": record.label,
         "method": record.method,
         "budget": record.budget,
-        "matched": ARMS[name].matched,
+        "matched": NONE if record.budget is None else arm_of(name).matched,
         "budget_params": record.budget_params,
         "trainable_params": record.trainable_params,
         "peak_step_bytes": record.peak_step_bytes,

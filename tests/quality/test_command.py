@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +64,24 @@ def test_a_study_is_begun_goes_on_and_ends(model, here, tmp_path, monkeypatch, c
     monkeypatch.setattr(training, "run", lambda trial: pytest.fail("ran again"))
     assert cli.main(arguments) == 0
     assert (runs.read_bytes(), summary.read_bytes()) == before
+
+
+def test_a_study_of_a_users_own_method_at_rates_of_their_own(model, here, tmp_path, capsys):
+    mine = f"{Path(__file__).parents[2] / 'examples' / 'scaled_outputs.py'}:ScaledOutputs"
+    arguments = ["quality", "--out", str(tmp_path), "--model", model, "--tasks", "amazon", "--arms", f"lora,{mine}"]
+    arguments += ["--lrs", "0.001, 0.05", "--train-size", "16", "--epochs", "1", "--seeds", "2"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(arm["arm"], arm["method"], arm["budget"], arm["matched"]) for arm in found["arms"]] == [
+        ("lora", "lora", 7, "parameters"),
+        (mine, mine, None, "none"),
+    ]
+    for arm in found["arms"]:
+        (of,) = arm["tasks"]
+        assert list(of["tuning"]) == ["0.001", "0.05"]
+        assert len(of["scores"]) == 2
+    (comparison,) = found["secondary"]
+    assert (comparison["first"], comparison["second"]) == (mine, "lora")
+    assert comparison["difference"] == pytest.approx(
+        found["arms"][1]["mean"]["score"] - found["arms"][0]["mean"]["score"]
+    )

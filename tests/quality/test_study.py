@@ -2,24 +2,28 @@
 
 import functools
 import json
+import math
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from baselines.registry import get
+from baselines.registry import get, methods
 from benchmarks.harness.budget import budget_params
 from benchmarks.harness.errors import InputError
 from benchmarks.quality import study as study_module
 from benchmarks.quality.ledger import Heading, Ledger
 from benchmarks.quality.schedule import run_all
-from benchmarks.quality.study import ARMS, PARAMETERS, PEAK, PRIMARY, Study, best_lr, records, trials
+from benchmarks.quality.study import ARMS, PARAMETERS, PEAK, PRIMARY, Study, arm_of, best_lr, records, trials
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import load_task
 from benchmarks.quality.training import FINAL, TUNING, Outcome
 from reports.record import Record
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "scaled_outputs.py"
 STUDY = Study(tasks=("trec", "amazon"), seeds=3, lrs=(1e-3, 1e-2))
 STUDY = replace(STUDY, arms=("lora", "sparsegrad-core@peak", "head"))
 BUDGETS = {"lora": 7, "sparsegrad-core@peak": 100, "head": None}
@@ -187,12 +191,17 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path, content):
     ("wrong", "message"),
     [
         ({"arms": ("lora", "nobody")}, "unknown arm 'nobody': choose of lora, sparsegrad-core@peak, "),
+        ({"arms": ("nobody@peak",)}, "unknown arm 'nobody@peak': choose of lora, "),
+        ({"arms": ("lora@",)}, "unknown arm 'lora@': choose of lora, "),
         ({"arms": ("lora", "lora")}, "arms must be one or more, each once, got lora, lora"),
         ({"arms": ()}, "arms must be one or more, each once, got none"),
         ({"tasks": ()}, "tasks must be one or more, each once, got none"),
         ({"tasks": ("movie-sentiment", "trec", "movie")}, "movie and movie-sentiment have the same texts: choose one"),
         ({"tasks": ("trec", "trec")}, "tasks must be one or more, each once, got trec, trec"),
         ({"lrs": (1.0, 1.0)}, "lrs must be one or more"),
+        ({"lrs": (0.1, 0.0)}, "learning rates must be positive and finite, got 0"),
+        ({"lrs": (math.inf,)}, "learning rates must be positive and finite, got inf"),
+        ({"lrs": (math.nan,)}, "learning rates must be positive and finite, got nan"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
@@ -293,6 +302,48 @@ def test_a_study_survives_json():
         assert Study.from_dict(json.loads(json.dumps(study.to_dict()))) == study
 
 
+# --- arms
+
+
+def test_every_method_has_an_arm():
+    # `sparsegrad-folded` is `sparsegrad` computed in another order: it trains the same model.
+    assert set(methods()) - {arm.method for arm in ARMS.values()} == {"sparsegrad-folded"}
+
+
+def test_the_protocol_has_each_arms_rates():
+    protocol = (Path(__file__).parents[2] / "docs" / "quality-protocol.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+`) \| ([\de, -]+) \|$", protocol, flags=re.MULTILINE)
+    said = {name: tuple(map(float, lrs.split(","))) for names, lrs in rows for name in re.findall("`(.+?)`", names)}
+    assert said == {name: arm.lrs for name, arm in ARMS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "matched"),
+    [
+        ("sparsegrad-folded", "sparsegrad-folded", PARAMETERS),
+        ("sparsegrad-folded@peak", "sparsegrad-folded", PEAK),
+        ("peft:shira@peak", "peft:shira", PEAK),
+        ("absent/mine.py:Mine", "absent/mine.py:Mine", PARAMETERS),
+    ],
+)
+def test_an_arm_of_any_method(name, method, matched):
+    arm = arm_of(name)
+    assert (arm.name, arm.method, arm.matched) == (name, method, matched)
+    assert arm.lrs == ARMS["lora"].lrs
+    assert name not in ARMS
+
+
+def test_no_file_is_run_for_the_name_of_an_arm(tmp_path):
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    name = f"{tmp_path / 'mine.py'}:Mine"
+    it = ledger(tmp_path, replace(STUDY, arms=("head",)))
+    study = replace(STUDY, arms=(name,))
+    text = it.path.read_text().replace('"head"', json.dumps(name))
+    it.path.write_text(text)
+    assert Ledger(it.path).heading.study == study
+    assert not (tmp_path / "was-run").exists()
+
+
 # --- budgets
 
 
@@ -345,6 +396,19 @@ def test_an_arm_that_no_budget_matches(predicted, model, monkeypatch):
     )
     with pytest.raises(InputError, match=r"^the arm sparsegrad-core@peak has no budget \(ok\): no budget fits"):
         records(Study(model=model, arms=("lora", "sparsegrad-core@peak")))
+
+
+@pytest.mark.parametrize("name", ["head@peak", "lora@peak"])
+def test_an_arm_without_a_budget_to_match(predicted, model, name):
+    with pytest.raises(InputError, match=rf"^the arm {name} has no budget to match: name it {name[:4]}$"):
+        records(Study(model=model, arms=(name,)))
+
+
+def test_an_arm_of_a_users_own_method(predicted, model):
+    arm = f"{EXAMPLE}:ScaledOutputs"
+    found = records(Study(model=model, arms=("lora", arm)))
+    assert found[arm].method == arm
+    assert found[arm].budget is None
 
 
 def test_an_arm_whose_prediction_is_refused(model, monkeypatch):

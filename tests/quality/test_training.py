@@ -1,6 +1,7 @@
 """A training run: the same again to the bit, paired between methods, and blind to the test set until its end."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.plan import plan
 from benchmarks.harness.protocol import Diverged
 from benchmarks.quality import training
+from benchmarks.quality.study import ARMS
 from benchmarks.quality.training import FINAL, TUNING, Outcome, Trial, run
 
 
@@ -94,6 +97,18 @@ def test_methods_have_the_same_loss_before_the_first_update(trial):
     # The first loss, dropout included: adapters begin as the identity, and a new basis changes nothing but rounding.
     first = {method: run(trial(method=method, budget=b, steps=1)).losses[0] for method, b in budgets.items()}
     assert first == pytest.approx(dict.fromkeys(budgets, first["full"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted({arm.method for arm in ARMS.values()} - {"head"}))
+def test_every_arm_trains_more_than_the_head(trial, model, method):
+    (spec,) = plan(method, "lora[3]", model=model, seq=16)
+    asked = trial(purpose=FINAL, method=method, budget=spec.budget, steps=6)
+    outcome, head = run(asked), run(replace(asked, method="head", budget=None))
+    assert len(outcome.predictions) == len(head.predictions) == 40
+    assert all(math.isfinite(loss) for loss in outcome.losses)
+    assert outcome.losses[0] == pytest.approx(head.losses[0], rel=0.05 if method == "qlora" else 1e-5)
+    assert outcome.losses[-1] != head.losses[-1]
+    assert outcome.trainable_params > head.trainable_params
 
 
 def test_the_two_labellings_of_a_text_have_the_same_batches(trial, small, monkeypatch):
