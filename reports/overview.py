@@ -9,9 +9,11 @@ from reports import tables
 from reports.palette import by_name
 from reports.record import Record
 
-# The columns, and the records in one cell; more would hide what an overview is for.
-MOST_METHODS = 14
+# The methods, and the records in one cell; more would hide what an overview is for.
+MOST_METHODS = 28
 MOST_ENTRIES = 3
+# More methods than this stand one below the other where there are fewer workloads: side by side they would not be seen.
+MOST_ACROSS = 13
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Overview:
-    """The peak of every workload and method at once; `left_out` methods have no column."""
+    """The peak of every workload and method at once; `left_out` methods are not in it."""
 
     methods: tuple[str, ...]
     rows: tuple[Row, ...]
     left_out: int
 
+    @property
+    def upright(self) -> bool:
+        """Whether the page has methods as rows and workloads as columns."""
+        return len(self.methods) > max(MOST_ACROSS, len(self.rows))
+
 
 def overview(records: Sequence[Record]) -> Overview:
-    """Workloads and regimes as rows, methods as columns."""
+    """Every workload and regime with every method."""
     methods = sorted({record.method for record in records}, key=by_name)
     shown = tuple(methods[:MOST_METHODS])
     rows = [

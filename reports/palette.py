@@ -27,10 +27,44 @@ METHOD_COLOURS = MappingProxyType(
         "sparsegrad-fixed": "#c32dd2",
         "sparsegrad-core": "#0f4b5a",
         "sparsegrad-directions": "#a51e00",
+        "pissa": "#00e1f0",
+        "qlora": "#4b3c2d",
+        "dora": "#96e1a5",
+        "lora-fa": "#ff2d4b",
+        "lora-xs": "#78a578",
+        "vera": "#b4e14b",
+        "bitfit": "#a578a5",
+        "gmt": "#780000",
+        "sift": "#4b0f87",
+        "smt": "#a53cff",
+        "galore": "#7800ff",
+        "apollo": "#5a0f69",
     }
 )
-# A method's shape, in matplotlib's letters, wherever names do not stand beside the marks.
-METHOD_MARKERS = MappingProxyType(dict(zip(METHOD_COLOURS, "sdo<>^D*Xpv8P", strict=True)))
+# What matplotlib takes for a marker: a letter, (number of points, 1 for a star, angle), or the corners of a polygon.
+Marker = str | tuple[int, int, float] | tuple[tuple[float, float], ...]
+
+
+def _polygon(*corners: tuple[float, float]) -> Marker:
+    return (*corners, corners[0])
+
+
+_SHAPES = (
+    (4, 1, 0),
+    _polygon((-2, -1), (2, -1), (2, 1), (-2, 1)),  # a lying bar
+    _polygon((-1, -2), (1, -2), (1, 2), (-1, 2)),  # a standing one
+    _polygon((-2, 2), (2, 2), (-2, -2), (2, -2)),  # an hourglass
+    _polygon((-2, 2), (2, -2), (2, 2), (-2, -2)),  # a bow tie
+    _polygon((-2, -1.6), (2, -1.6), (2, 1.8), (0.9, 0.2), (0, 1.8), (-0.9, 0.2), (-2, 1.8)),  # a crown
+    _polygon((-2, 0), (0, -1), (2, 0), (0, 1)),  # a lying diamond
+    _polygon((-2, 2), (2, 2), (2, 0.7), (0.7, 0.7), (0.7, -2), (-0.7, -2), (-0.7, 0.7), (-2, 0.7)),  # a T
+    (6, 1, 0),
+    _polygon((-2, -1), (1, -1), (2, 1), (-1, 1)),  # a parallelogram
+    _polygon((-2, 2), (-0.7, 2), (-0.7, -0.7), (2, -0.7), (2, -2), (-2, -2)),  # an L
+    _polygon((0, 2), (2, -2), (0, -0.8), (-2, -2)),  # an arrowhead
+)
+# A method's shape, wherever names do not stand beside the marks.
+METHOD_MARKERS = MappingProxyType(dict(zip(METHOD_COLOURS, (*"sdo<>^D*Xpv8P", *_SHAPES), strict=True)))
 _OTHER_MARKERS = "hH"
 
 CATEGORY_COLOURS = MappingProxyType(
@@ -83,7 +117,7 @@ def method_colour(method: str) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, 0.5, 0.45))
 
 
-def method_marker(method: str) -> str:
+def method_marker(method: str) -> Marker:
     """The marker of a method; a name without one of its own gets one of the others from its checksum."""
     return METHOD_MARKERS.get(method) or _OTHER_MARKERS[_checksum(method) // 360 % len(_OTHER_MARKERS)]
 

@@ -7,14 +7,17 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from reports import svg
@@ -67,6 +70,30 @@ class Grid:
     gap: float = 14  # between neighbours; more where each has a scale of its own
 
 
+# Of the legend, in ems.
+_HANDLE, _AFTER_HANDLE, _BETWEEN_COLUMNS = 1.4, 0.8, 1.4
+# A letter's width is rounded to whole pixels where it is drawn.
+_ROUNDING = 1.08
+
+
+def _legend_columns(labels: Sequence[str], layout: Layout) -> int:
+    """How many columns, which are filled one after the other, stand side by side in the layout."""
+    size = FontProperties(size=points(layout.font))
+    widths = [
+        text_to_path.get_text_width_height_descent(label, size, ismath=False)[0] / points(1) * _ROUNDING
+        + (_HANDLE + _AFTER_HANDLE) * layout.font
+        for label in labels
+    ]
+    most = min(len(labels), max(2, layout.width // 165))
+    for columns in range(most, 1, -1):
+        rows, longer = divmod(len(labels), columns)
+        starts = [i * rows + min(i, longer) for i in range(columns + 1)]
+        taken = sum(max(widths[a:b]) for a, b in pairwise(starts)) + (columns - 1) * _BETWEEN_COLUMNS * layout.font
+        if taken <= layout.width - 2 * Sheet.pad:
+            return columns
+    return 1
+
+
 class Sheet:
     """A figure laid out in CSS pixels from its top edge: title, legend, then panels in columns."""
 
@@ -76,7 +103,7 @@ class Sheet:
         self.layout, self.legend = layout, legend
         text = printable(title)
         self.title = textwrap.wrap(text, layout.fits(0.72 * (layout.width - 2 * self.pad)), max_lines=4) or [""]
-        self.legend_columns = min(len(legend), max(2, layout.width // 165)) or 1
+        self.legend_columns = _legend_columns([str(handle.get_label()) for handle in legend], layout)
         self.legend_rows = math.ceil(len(legend) / self.legend_columns)
         self.height = 0.0
         self.figure = Figure(facecolor=THEME.background)
@@ -182,8 +209,9 @@ class Sheet:
             frameon=False,
             fontsize=points(font),
             labelcolor=THEME.foreground,
-            handlelength=1.4,
-            columnspacing=1.4,
+            handlelength=_HANDLE,
+            handletextpad=_AFTER_HANDLE,
+            columnspacing=_BETWEEN_COLUMNS,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)

@@ -33,7 +33,7 @@ TITLE = "Peak of a step by layer size and method"
 # The first of each; what is left out stands in the tables.
 MOST_PANELS = 8
 MOST_SIZES = 8
-MOST_METHODS = 14
+MOST_METHODS = 28
 
 _HEIGHT = 230
 # The part of a size's place on the axis over which its methods spread: equal peaks would hide one another.

@@ -10,7 +10,7 @@ from reports.record import Record
 Panels = Mapping[str, Sequence[Record]]
 
 # A panel draws this many rows; past it they stop being comparable and the image becomes very tall.
-MOST_ROWS = 24
+MOST_ROWS = 28
 # Sizes from here on (8 EiB, 9e18 entries) belong to no machine: they are printed, and not drawn to scale.
 LARGEST_DRAWN = 2**63
 NOT_OBTAINED = "not obtained"

@@ -48,7 +48,7 @@ def front(arms: Arms) -> list[Mapping[str, object]]:
 def draw_scores(title: str, arms: Arms, layout: Layout = WIDE) -> Sheet:
     """Mean score over the tasks against the peak of a step, with intervals and the Pareto front."""
     shown = known(arms)
-    legend = [*_legend(shown), Line2D([], [], label="Pareto front of the means", **_FRONT)]
+    legend = [*_legend(shown), Line2D([], [], label="Pareto front", **_FRONT)]
     sheet = Sheet(title, legend, layout)
     grid = Grid(
         columns=1,

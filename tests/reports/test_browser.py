@@ -15,6 +15,7 @@ import pytest
 
 from reports import claim, page, space, tables
 from reports.history import Line, Trend
+from reports.palette import METHOD_COLOURS
 from reports.record import BREAKDOWN, STATUSES, Record, RecordError
 from reports.thresholds import read_thresholds
 from reports.timeline import MOST_SAMPLES, Timeline
@@ -169,8 +170,14 @@ def for_cards() -> list[Record]:
     ]
 
 
+def every_method() -> list[Record]:
+    """So many methods on one workload that the overview has them one below the other."""
+    return [measured(number, method=name) for number, name in enumerate([*METHOD_COLOURS, "x.py:" + "Own" * 20])]
+
+
 RECORDS = {
     "none": list,
+    "every method": every_method,
     "one": lambda: [measured(3)],
     "five hundred": many,
     "every status": every_status,

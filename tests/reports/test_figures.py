@@ -245,6 +245,21 @@ def test_no_text_overlaps_another_or_leaves_the_image(draw, panels, layout):
         assert across <= 1 or down <= 2, (one, other)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("longest", [1, 20, 26, 40])
+def test_a_long_legend_stays_within_the_image(layout, longest):
+    labels = ["x" * (1 + number % longest) for number in range(30)]
+    sheet_ = sheet.Sheet("t", [sheet.legend_marker("o", label, "#000000") for label in labels], layout)
+    sheet_.add_grid({"": 1}, sheet.Grid(columns=1, height=50, left=20, above=5, below=30))
+    figure = sheet_.figure
+    figure.draw_without_rendering()
+    (heading,) = [text for text in figure.texts if text.get_text() == ""]
+    for text in figure.legends[0].get_texts():
+        box = text.get_window_extent()
+        assert box.x1 <= figure.bbox.x1, text.get_text()
+        assert box.y0 >= heading.get_window_extent().y1
+
+
 @pytest.mark.parametrize("status", STATUSES)
 @pytest.mark.parametrize("draw", DRAW, ids=NAMES)
 def test_every_status_is_drawn(draw, status):

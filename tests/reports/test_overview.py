@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 from reports import tables
-from reports.overview import MOST_ENTRIES, MOST_METHODS, overview
+from reports.overview import MOST_ACROSS, MOST_ENTRIES, MOST_METHODS, overview
 from reports.palette import METHOD_COLOURS
 from reports.record import Record
 
@@ -62,6 +62,14 @@ def test_methods_without_a_column_are_counted():
     found = overview([replace(LORA, method=f"method {number:03}") for number in range(MOST_METHODS + 5)])
     assert len(found.methods) == MOST_METHODS
     assert found.left_out == 5
+
+
+def test_many_methods_on_few_workloads_stand_one_below_the_other():
+    many = [replace(LORA, method=f"method {number:03}") for number in range(MOST_ACROSS + 1)]
+    assert not overview(many[1:]).upright
+    assert overview(many).upright
+    sizes = [replace(record, seq=seq) for record in many for seq in range(1, MOST_ACROSS + 2)]
+    assert not overview(sizes).upright
 
 
 def test_absurd_peaks_have_a_share():

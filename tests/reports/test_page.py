@@ -247,6 +247,23 @@ def test_overview_shows_each_workload_and_method_with_a_link(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_figures")
+def test_overview_of_many_methods_has_one_below_the_other(tmp_path):
+    names = [f"method {number:02}" for number in range(14)]
+    records = [replace(LORA, method=name, peak_step_bytes=(i + 1) * 2**20) for i, name in enumerate(names)]
+    records += [replace(record, train_rest="none", peak_step_bytes=2 * record.peak_step_bytes) for record in records]
+    document = written(records, tmp_path)
+    (at,) = [i for i, (_, attrs, _) in enumerate(document.elements) if attrs.get("class") == "overview upright"]
+    inside = document.elements[at:]
+    inside = inside[: [tag for tag, _, _ in inside].index("h2")]
+    heads = [(attrs["scope"], " ".join("".join(texts).split())) for tag, attrs, texts in inside if tag == "th"]
+    assert [text for scope, text in heads if scope == "row"] == names
+    assert [text.split()[-1] for scope, text in heads if scope == "col"] == ["method", "all", "none"]
+    cells = ["".join(texts).split()[0] for tag, attrs, texts in inside if tag == "div"]
+    assert cells == [f"{value}.00" for i in range(1, 15) for value in (i, 2 * i)]
+    assert "its bar against the workload's largest" in document.text
+
+
+@pytest.mark.usefixtures("quick_figures")
 def test_long_names_are_cut_short_in_the_overview_alone(tmp_path):
     document = written([replace(LORA, method="m" * 999, model="w" * 999, budget="b" * 999)], tmp_path)
     ((_, overview),) = [found for found in document.all("table") if found[0].get("class") == "overview"]
@@ -258,7 +275,7 @@ def test_long_names_are_cut_short_in_the_overview_alone(tmp_path):
 @pytest.mark.usefixtures("quick_figures")
 def test_overview_says_what_it_leaves_out(tmp_path):
     records = [replace(LORA, seed=seed) for seed in range(10)]
-    records += [replace(LORA, method=f"method {number}") for number in range(20)]
+    records += [replace(LORA, method=f"method {number}") for number in range(34)]
     document = written(records, tmp_path)
     assert "and 7 more below" in document.text
     assert "7 methods more stand in the tables below alone" in document.text
