@@ -84,8 +84,11 @@ def _legend_columns(labels: Sequence[str], layout: Layout) -> int:
         + (_HANDLE + _AFTER_HANDLE) * layout.font
         for label in labels
     ]
+    if not labels:
+        return 1
+    # One row where all fit in it, and else no more than can be told apart.
     most = min(len(labels), max(2, layout.width // 165))
-    for columns in range(most, 1, -1):
+    for columns in (len(labels), *range(most, 1, -1)):
         rows, longer = divmod(len(labels), columns)
         starts = [i * rows + min(i, longer) for i in range(columns + 1)]
         taken = sum(max(widths[a:b]) for a, b in pairwise(starts)) + (columns - 1) * _BETWEEN_COLUMNS * layout.font

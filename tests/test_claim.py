@@ -214,6 +214,9 @@ def test_the_studys_verdict_is_the_published_methods_and_its_primary_endpoint_is
         "sparsegrad-core@peak minus lora: undecided, 2 of 9 are not done; "
         "sparsegrad minus lora: fails, +1.50 points (+0.50 to +2.50)"
     )
+    # An interval without zero in it that decides nothing says why.
+    waiting = quality.judge(study(UNDECIDED, reason="the correction waits"))
+    assert waiting.sentence.endswith("undecided, +1.50 points (+0.50 to +2.50): the correction waits")
     assert quality.judge({**study(FAILS), "primary": None, "secondary": []}).verdict == UNDECIDED
 
 

@@ -190,4 +190,5 @@ def _words(case: Mapping[str, object]) -> str:
     if case["figure"] is None:
         return f"{case['case']}: {case['verdict']}, {case['reason']}"
     interval = f"{case['low']:+.2f} to {case['high']:+.2f}"
-    return f"{case['case']}: {case['verdict']}, {case['figure']:+.2f} {case['unit']} ({interval})"
+    why = f": {case['reason']}" if case["reason"] else ""
+    return f"{case['case']}: {case['verdict']}, {case['figure']:+.2f} {case['unit']} ({interval}){why}"
