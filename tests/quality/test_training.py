@@ -102,12 +102,13 @@ def test_methods_have_the_same_loss_before_the_first_update(trial):
 @pytest.mark.parametrize("method", sorted({arm.method for arm in ARMS.values()} - {"head"}))
 def test_every_arm_trains_more_than_the_head(trial, model, method):
     (spec,) = plan(method, "lora[3]", model=model, seq=16)
-    asked = trial(purpose=FINAL, method=method, budget=spec.budget, steps=6)
+    asked = trial(purpose=FINAL, method=method, budget=spec.budget, steps=12, lr=0.01)
     outcome, head = run(asked), run(replace(asked, method="head", budget=None))
     assert len(outcome.predictions) == len(head.predictions) == 40
     assert all(math.isfinite(loss) for loss in outcome.losses)
     assert outcome.losses[0] == pytest.approx(head.losses[0], rel=0.05 if method == "qlora" else 1e-5)
-    assert outcome.losses[-1] != head.losses[-1]
+    # By ten times what rounding makes of the first loss.
+    assert abs(outcome.losses[-1] / head.losses[-1] - 1) > 1e-4
     assert outcome.trainable_params > head.trainable_params
 
 
