@@ -22,6 +22,7 @@ class Section:
     facts: str
     figures: Sequence[Illustration]
     comparisons: Table | None
+    explored: Table | None
     per_task: Table | None
     scores: Table | None
     learning: Table | None
@@ -29,12 +30,13 @@ class Section:
 
 def section(quality: Found, out: Path) -> Section:
     """Of `claim.json`'s quality; its figures are written into `out` as PNG files."""
-    arms, cases = quality["arms"], quality["cases"]
+    arms, cases, explored = quality["arms"], quality["cases"], quality["explored"]
     return Section(
         facts=_facts(quality["facts"]),
         figures=_figures(arms, out),
         comparisons=_comparisons(cases) if cases else None,
-        per_task=_per_task(cases),
+        explored=_explored(explored) if explored else None,
+        per_task=_per_task([*cases, *explored]),
         scores=_scores(arms) if arms else None,
         learning=_learning(arms) if any(of["score"] is not None for arm in arms for of in arm["tasks"]) else None,
     )
@@ -104,8 +106,7 @@ def _comparisons(cases: Rows) -> Table:
             None,
             [
                 Cell(str(case["case"]), "the primary endpoint" if index == 0 else ""),
-                _signed(case["figure"], str(case["unit"])),
-                Cell(tables.MISSING if case["low"] is None else _interval(case)),
+                *_measured(case),
                 Cell(tables.number(case["p_holm"], decimals=4), kind="number"),
                 Cell(tables.number(case["detectable"], decimals=2), kind="number"),
                 Cell(str(case["verdict"]), _remark(case), str(case["verdict"])),
@@ -113,8 +114,24 @@ def _comparisons(cases: Rows) -> Table:
         )
         for index, case in enumerate(cases)
     ]
-    headings = ["comparison", "difference", "95 % interval", "p after Holm", "could have been seen", "verdict"]
+    headings = [*_MEASURED, "p after Holm", "could have been seen", "verdict"]
     return Table("Is the first better than the second?", headings, rows)
+
+
+_MEASURED = ("comparison", "peak of a step, first / second", "difference", "95 % interval")
+
+
+def _measured(case: Found) -> list[Cell]:
+    return [
+        Cell(tables.number(case["peak_ratio"]), kind="number"),
+        _signed(case["figure"], str(case["unit"])),
+        Cell(tables.MISSING if case["low"] is None else _interval(case)),
+    ]
+
+
+def _explored(cases: Rows) -> Table:
+    rows = [(None, [Cell(str(case["case"]), str(case["reason"] or "")), *_measured(case)]) for case in cases]
+    return Table("Outside of the protocol: not corrected for their number, and no verdict", _MEASURED, rows)
 
 
 def _remark(case: Found) -> str:

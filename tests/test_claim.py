@@ -183,8 +183,21 @@ def test_reading_2_fails_where_no_budget_fits_and_is_the_studys_where_one_does()
     assert equal_peak.verdict(ROBERTA_BASE, [LORA, near], studied)["verdict"] == HOLDS
 
 
-def study(verdict, **published):
-    """A summary as the study writes it: its primary endpoint undecided, the published method against LoRA as given."""
+def test_reading_2_is_not_decided_by_a_study_in_which_the_published_method_had_more_memory():
+    fits = replace(SPARSEGRAD, budget=3, matched=True, budget_params=50)
+    studied = quality.judge(study(HOLDS, peak=1280))
+    assert (studied.verdict, studied.peak_ratio) == (HOLDS, 1.28)
+    row = equal_peak.verdict(ROBERTA_BASE, [LORA, fits], studied)
+    assert row["verdict"] == UNDECIDED
+    assert row["reason"].startswith("its quality was not studied at lora's peak: ")
+    assert "at 1.28 of lora's peak" in row["reason"]
+
+
+def study(verdict, peak=1000, **published):
+    """A summary as the study writes it: its primary endpoint undecided, the published method against LoRA as given.
+
+    `peak` is the published method's peak of a step where LoRA's is 1000.
+    """
     undone = {"first": "sparsegrad-core@peak", "second": "lora", "verdict": UNDECIDED, "reason": "2 of 9 are not done"}
     done = {"first": PUBLISHED, "second": "lora", "verdict": verdict, "difference": 1.5, "low": 0.5, "high": 2.5}
     settings = ("model", "train_size", "epochs", "batch", "longest", "train_rest", "seeds")
@@ -192,10 +205,20 @@ def study(verdict, **published):
         "protocol": 2,
         "study": dict.fromkeys(settings, 1),
         "runs": {"settled": 1, "planned": 2, "failed": [], "hours": 0.5},
-        "arms": [],
+        "arms": [
+            studied_arm("lora"),
+            studied_arm("sparsegrad-core@peak"),
+            studied_arm("full", 1500),
+            studied_arm(PUBLISHED, peak),
+        ],
         "primary": undone,
         "secondary": [{**undone, "first": "full"}, {**done, **published}],
     }
+
+
+def studied_arm(name, peak=1000):
+    of = {"arm": name, "method": name, "label": name, "matched": "none", "trainable_params": 9, "tasks": []}
+    return {**of, "peak_step_bytes": peak, "mean": None}
 
 
 def test_quality_that_was_not_studied_never_passes():
@@ -212,11 +235,13 @@ def test_the_studys_verdict_is_the_published_methods_and_its_primary_endpoint_is
     ]
     assert found.sentence == (
         "sparsegrad-core@peak minus lora: undecided, 2 of 9 are not done; "
-        "sparsegrad minus lora: fails, +1.50 points (+0.50 to +2.50)"
+        "sparsegrad minus lora: fails, +1.50 points (+0.50 to +2.50) at 1.00 of lora's peak"
     )
     # An interval without zero in it that decides nothing says why.
     waiting = quality.judge(study(UNDECIDED, reason="the correction waits"))
-    assert waiting.sentence.endswith("undecided, +1.50 points (+0.50 to +2.50): the correction waits")
+    assert waiting.sentence.endswith(
+        "undecided, +1.50 points (+0.50 to +2.50) at 1.00 of lora's peak: the correction waits"
+    )
     assert quality.judge({**study(FAILS), "primary": None, "secondary": []}).verdict == UNDECIDED
 
 
@@ -229,10 +254,13 @@ def test_the_studys_verdict_is_the_published_methods_and_its_primary_endpoint_is
         [1],
         study(HOLDS, difference="<b>"),
         study(HOLDS, low=1e999),
+        study(HOLDS, peak=0),
+        {**study(HOLDS), "arms": []},
+        {**study(HOLDS), "explored": [{**study(HOLDS)["secondary"][0], "verdict": HOLDS}]},
     ],
 )
 def test_what_is_no_studys_summary_is_refused(summary):
-    with pytest.raises(InputError, match=r"lacks what|one of holds"):
+    with pytest.raises(InputError, match=r"lacks what|one of (holds|None)"):
         quality.judge(summary)
 
 

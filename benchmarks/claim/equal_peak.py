@@ -9,7 +9,7 @@ from benchmarks.claim.cases import FORMS, PUBLISHED, Case
 from benchmarks.claim.equal_parameters import DECIDING, verdict_row
 from benchmarks.claim.predictor import Predictor
 from benchmarks.claim.quality import Quality
-from benchmarks.claim.verdict import DECIDING_TOLERANCE, FAILS, UNDECIDED, judge
+from benchmarks.claim.verdict import DECIDING_TOLERANCE, FAILS, HOLDS, UNDECIDED, judge
 from benchmarks.harness.budget import equal_memory
 from benchmarks.harness.plan import plan_equal_memory
 from benchmarks.harness.spec import RunSpec
@@ -72,7 +72,7 @@ def rows(case: Case, records: Sequence[Record], published: Record) -> list[dict[
 def verdict(case: Case, records: Sequence[Record], quality: Quality) -> dict[str, object]:
     """The published method's: it fails where none of its budgets has LoRA's peak, within the tolerance that decides.
 
-    Otherwise memory can be equal, and the study of quality decides.
+    Otherwise memory can be equal, and the study of quality decides, if it compared the two in equal memory.
     """
     lora = records[0]
     record = next((each for each in records if each.method == PUBLISHED), None)
@@ -88,6 +88,8 @@ def verdict(case: Case, records: Sequence[Record], quality: Quality) -> dict[str
         judgement |= {"figure": figure, "tolerance": DECIDING_TOLERANCE}
         if record.matched is False and judge(figure, DECIDING_TOLERANCE).direction == "above":
             judgement |= {"verdict": FAILS, "direction": "above", "reason": record.reason}
+        elif quality.studied and judge(quality.peak_ratio, DECIDING_TOLERANCE).verdict != HOLDS:
+            judgement["reason"] = f"its quality was not studied at {lora.method}'s peak: {quality.sentence}"
         else:
             judgement |= {"verdict": quality.verdict, "reason": quality.sentence}
     return verdict_row(

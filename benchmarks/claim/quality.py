@@ -4,14 +4,14 @@ The study fine-tunes methods for real, at LoRA's peak memory and at LoRA's numbe
 docs/quality-protocol.md; its committed summary is `benchmarks/reference/quality/summary.json`, as
 `benchmarks/quality/summary.py` writes it. Read of it are `primary` and `secondary`: comparisons of two arms (`first`,
 `second`), each with a `verdict` (holds where the first is better) and, once all its runs are done, the `difference` in
-points with its interval, `low` to `high`; otherwise a `reason`. And `arms`: what each scored on which task, in how much
-memory.
+points with its interval, `low` to `high`; otherwise a `reason`. `explored` are comparisons outside of the protocol,
+without a verdict. And `arms`: what each scored on which task, in how much memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
@@ -30,14 +30,18 @@ UNITS = "points"
 class Quality:
     """What is known of quality; `studied` False is the absence of a study, and never a pass.
 
-    `verdict` is on SparseGrad as published against LoRA, `sentence` says that and the study's primary endpoint, without
-    a full stop, and `cases` are all comparisons, flat. `arms` are what took part, and `facts` say how it was run.
+    `verdict` is on SparseGrad as published against LoRA at as many parameters, `peak_ratio` the published method's peak
+    of a step there divided by LoRA's. `sentence` says that and the study's primary endpoint, without a full stop.
+    `cases` are the protocol's comparisons, flat, `explored` those outside of it. `arms` are what took part, and `facts`
+    say how it was run.
     """
 
     verdict: str
     sentence: str
     studied: bool
+    peak_ratio: float | None = None
     cases: tuple[dict[str, object], ...] = ()
+    explored: tuple[dict[str, object], ...] = ()
     arms: tuple[dict[str, object], ...] = ()
     facts: dict[str, object] = field(default_factory=dict)
 
@@ -78,8 +82,11 @@ def judge(quality: Mapping[str, object] | None) -> Quality:
         return Quality(UNDECIDED, NOT_STUDIED, studied=False)
     try:
         primary = quality["primary"]
-        cases = tuple(_case(each) for each in ([] if primary is None else [primary]) + list(quality["secondary"]))
         arms = tuple(_arm(each) for each in quality["arms"])
+        peaks = {arm["arm"]: arm["peak_step_bytes"] for arm in arms}
+        compared = ([] if primary is None else [primary]) + list(quality["secondary"])
+        cases = tuple(_case(each, peaks, VERDICTS) for each in compared)
+        explored = tuple(_case(each, peaks, (None,)) for each in quality.get("explored", ()))
         if len({tuple(of["task"] for of in arm["tasks"]) for arm in arms}) > 1:
             raise ValueError("the arms have different tasks")
         facts = _facts(quality)
@@ -91,12 +98,23 @@ def judge(quality: Mapping[str, object] | None) -> Quality:
     said = [_words(case) for case in ([] if primary is None else [cases[0]]) + ([published] if published else [])]
     if published is None:
         said.append("SparseGrad as published was not compared with LoRA")
-    return Quality(published["verdict"] if published else UNDECIDED, "; ".join(said), True, cases, arms, facts)
+    return Quality(
+        published["verdict"] if published else UNDECIDED,
+        "; ".join(said),
+        studied=True,
+        peak_ratio=published["peak_ratio"] if published else None,
+        cases=cases,
+        explored=explored,
+        arms=arms,
+        facts=facts,
+    )
 
 
-def _case(comparison: Mapping[str, object]) -> dict[str, object]:
-    if comparison["verdict"] not in VERDICTS:
-        raise InputError(f"a verdict is one of {', '.join(VERDICTS)}, got {shown(comparison['verdict'])}")
+def _case(
+    comparison: Mapping[str, object], peaks: Mapping[str, int], verdicts: Sequence[str | None]
+) -> dict[str, object]:
+    if comparison["verdict"] not in verdicts:
+        raise InputError(f"a verdict is one of {', '.join(map(str, verdicts))}, got {shown(comparison['verdict'])}")
     if comparison.get("difference") is not None and None in (comparison.get("low"), comparison.get("high")):
         raise ValueError("a difference has an interval")
     return {
@@ -104,6 +122,8 @@ def _case(comparison: Mapping[str, object]) -> dict[str, object]:
         "second": comparison["second"],
         "case": f"{comparison['first']} minus {comparison['second']}",
         "verdict": comparison["verdict"],
+        # What the first needs for what it scores: a difference in points is one at this price.
+        "peak_ratio": peaks[comparison["first"]] / peaks[comparison["second"]],
         "figure": _number(comparison.get("difference")),
         "low": _number(comparison.get("low")),
         "high": _number(comparison.get("high")),
@@ -132,7 +152,7 @@ def _arm(arm: Mapping[str, object]) -> dict[str, object]:
         "label": str(arm["label"]),
         "matched": str(arm["matched"]),
         "trainable_params": _number(arm["trainable_params"]),
-        "peak_step_bytes": _whole(arm["peak_step_bytes"]),
+        "peak_step_bytes": _positive(arm["peak_step_bytes"]),
         **mean,
         "tasks": [_on_task(of) for of in arm["tasks"]],
     }
@@ -186,9 +206,16 @@ def _whole(value: object) -> int:
     return int(_number(value))
 
 
+def _positive(value: object) -> int:
+    if _whole(value) < 1:
+        raise ValueError(f"{shown(value)} stands where a peak must be")
+    return _whole(value)
+
+
 def _words(case: Mapping[str, object]) -> str:
     if case["figure"] is None:
         return f"{case['case']}: {case['verdict']}, {case['reason']}"
     interval = f"{case['low']:+.2f} to {case['high']:+.2f}"
+    price = f"at {case['peak_ratio']:.2f} of {case['second']}'s peak"
     why = f": {case['reason']}" if case["reason"] else ""
-    return f"{case['case']}: {case['verdict']}, {case['figure']:+.2f} {case['unit']} ({interval}){why}"
+    return f"{case['case']}: {case['verdict']}, {case['figure']:+.2f} {case['unit']} ({interval}) {price}{why}"

@@ -22,6 +22,9 @@ CANDIDATE, BASELINE = PRIMARY[1].name, PRIMARY[0].name
 FORMS_AT_PEAK = ("sparsegrad-core@peak", "sparsegrad-directions@peak")
 FORMS = (*FORMS_AT_PEAK, "sparsegrad-core", "sparsegrad-directions")
 FURTHER = (*((form, "random-mask") for form in FORMS), *((form, "full") for form in FORMS_AT_PEAK))
+# Not in the protocol's list, and so neither corrected nor given a verdict: the published method against the other rival
+# that the paper's sentence names, and against what it would have to beat to be of use.
+EXPLORED = (("sparsegrad", "meprop-weight"), ("sparsegrad", "random-mask"), ("sparsegrad", "full"))
 # A final run has learned a task when it reaches this share of what full fine-tuning reaches in the end.
 TARGET_SHARE = 0.95
 
@@ -55,6 +58,11 @@ def summarise(ledger: Ledger) -> dict[str, object]:
         if {first, second} <= set(arms)
     ]
     _adjust(secondary)
+    explored = [
+        _comparison(first, second, tasks, finals, study.seeds) | {"verdict": None}
+        for first, second in EXPLORED
+        if {first, second} <= set(arms)
+    ]
     return {
         "schema_version": SUMMARY_SCHEMA,
         "protocol": PROTOCOL,
@@ -73,6 +81,7 @@ def summarise(ledger: Ledger) -> dict[str, object]:
         "arms": [_arm(name, arms[name], ledger, tasks, finals) for name in arms],
         "primary": primary,
         "secondary": secondary,
+        "explored": explored,
     }
 
 

@@ -14,6 +14,7 @@ DEFINITIONS = {"resident_bytes": "live after a step", "peak_step_bytes": "the la
 COMPARISON = {
     **dict.fromkeys(("figure", "low", "high", "p_holm", "detectable", "seeds_to_decide", "equivalent", "reason")),
     "unit": "points",
+    "peak_ratio": 1.28,
     "per_task": [],
 }
 HOSTILE = "<script>alert(1)</script>\"'&</td>{{ 7 * 7 }}"
@@ -148,6 +149,7 @@ def a_claim():
                 "sentence": "quality is not studied yet",
                 "studied": False,
                 "cases": [],
+                "explored": [],
                 "arms": [],
                 "facts": {},
             },
@@ -269,12 +271,15 @@ def test_quality_that_was_not_studied_says_so_and_is_no_pass(found, tmp_path):
             {**COMPARISON, "case": "a minus b", "verdict": "holds", **known},
             {**COMPARISON, "case": "c minus b", "verdict": "undecided", "reason": "3 of 9 runs are not done"},
         ],
+        "explored": [{**COMPARISON, "case": "a minus d", **known, "verdict": None, "peak_ratio": 0.98}],
     }
     text = text_of(page(found, tmp_path))
-    assert "Quality: SparseGrad as published against LoRA holds" in text
+    assert "Quality: SparseGrad as published against LoRA at as many parameters holds" in text
     assert "not studied yet" not in text
-    assert "a minus b the primary endpoint +0.50 points +0.10 to +0.90 0.0100 0.30 holds" in text
-    assert "c minus b — — — — undecided 3 of 9 runs are not done" in text
+    assert "a minus b the primary endpoint 1.28 +0.50 points +0.10 to +0.90 0.0100 0.30 holds" in text
+    assert "c minus b 1.28 — — — — undecided 3 of 9 runs are not done" in text
+    assert "Outside of the protocol" in text
+    assert "a minus d 0.98 +0.50 points +0.10 to +0.90" in text
 
 
 def the_paper():

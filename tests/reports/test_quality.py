@@ -52,6 +52,7 @@ def comparison(first, second, verdict, figure, **fields):
         "second": second,
         "case": f"{first} minus {second}",
         "verdict": verdict,
+        "peak_ratio": 1.284,
         "figure": figure,
         "low": None if figure is None else figure - 0.5,
         "high": None if figure is None else figure + 0.5,
@@ -98,6 +99,10 @@ def a_study():
             comparison("full", "lora", "holds", 3.0, p_holm=0.01),
             comparison("late", "lora", "undecided", None, reason="4 of 4 runs are not done"),
         ],
+        "explored": [
+            comparison("core@peak", "full", None, -1.5),
+            comparison("core@peak", "late", None, None, reason="4 of 4 runs are not done"),
+        ],
         "arms": [
             arm("lora", 100, 70.0),
             arm("core@peak", 100, 69.0, "peak"),
@@ -119,16 +124,27 @@ def test_comparisons_with_what_would_decide_them(study, tmp_path):
     table = quality.section(study, tmp_path).comparisons
     assert rows(table) == {
         "core@peak minus lora": [
+            "1.28",
             "-0.25 points",
             "-0.75 to +0.25",
             "—",
             "0.80",
             "undecided about 40 seeds would decide it",
         ],
-        "full minus lora": ["+3.00 points", "+2.50 to +3.50", "0.0100", "0.80", "holds"],
-        "late minus lora": ["—", "—", "—", "—", "undecided 4 of 4 runs are not done"],
+        "full minus lora": ["1.28", "+3.00 points", "+2.50 to +3.50", "0.0100", "0.80", "holds"],
+        "late minus lora": ["1.28", "—", "—", "—", "—", "undecided 4 of 4 runs are not done"],
     }
     assert [cells[0].small for _, cells in table.rows] == ["the primary endpoint", "", ""]
+
+
+def test_what_is_outside_of_the_protocol_stands_apart_and_has_no_verdict(study, tmp_path):
+    table = quality.section(study, tmp_path).explored
+    assert "no verdict" in table.caption
+    assert rows(table) == {
+        "core@peak minus full": ["1.28", "-1.50 points", "-2.00 to -1.00"],
+        "core@peak minus late": ["1.28", "—", "—"],
+    }
+    assert [cells[0].small for _, cells in table.rows] == ["", "4 of 4 runs are not done"]
 
 
 def test_scores_with_their_rates(study, tmp_path):
@@ -168,13 +184,22 @@ def test_differences_by_task(study, tmp_path):
     assert found == {
         "core@peak minus lora": ["-0.25 -9.00 to +9.00"],
         "full minus lora": ["+3.00 -9.00 to +9.00"],
+        "core@peak minus full": ["-1.50 -9.00 to +9.00"],
     }
 
 
 def test_no_study_has_nothing_to_show(tmp_path):
-    nothing = {"verdict": "undecided", "sentence": "s", "studied": False, "cases": [], "arms": [], "facts": {}}
+    nothing = {
+        "verdict": "undecided",
+        "sentence": "s",
+        "studied": False,
+        "cases": [],
+        "explored": [],
+        "arms": [],
+        "facts": {},
+    }
     shown = quality.section(nothing, tmp_path)
-    assert (shown.facts, shown.figures, shown.comparisons, shown.scores) == ("", [], None, None)
+    assert (shown.facts, shown.figures, shown.comparisons, shown.explored, shown.scores) == ("", [], None, None, None)
     assert list(tmp_path.iterdir()) == []
 
 
