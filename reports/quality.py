@@ -124,9 +124,14 @@ _MEASURED = ("comparison", "peak of a step, first / second", "difference", "95 %
 def _measured(case: Found) -> list[Cell]:
     return [
         Cell(tables.number(case["peak_ratio"]), kind="number"),
-        _signed(case["figure"], str(case["unit"])),
+        _signed(case["figure"], _of_others(case)),
         Cell(tables.MISSING if case["low"] is None else _interval(case)),
     ]
+
+
+def _of_others(case: Found) -> str:
+    without = case["without"]
+    return f"{case['unit']}, {without['figure']:+.2f} without {without['task']}" if without else str(case["unit"])
 
 
 def _explored(cases: Rows) -> Table:

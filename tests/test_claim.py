@@ -246,6 +246,27 @@ def test_the_studys_verdict_is_the_published_methods_and_its_primary_endpoint_is
 
 
 @pytest.mark.parametrize(
+    ("differences", "without"),
+    [
+        ([1.0, 25.0, -0.5, -0.5], {"task": "b", "figure": 0.0}),
+        ([3.0, 3.0, 2.0, -20.0], {"task": "d", "figure": 8 / 3}),
+        ([1.0], None),
+        ([], None),
+    ],
+)
+def test_a_mean_that_hangs_on_one_task_says_what_the_others_have(differences, without):
+    tasks = "abcd"[: len(differences)]
+    rows = [{"task": t, "difference": d, "low": d - 1, "high": d + 1} for t, d in zip(tasks, differences, strict=True)]
+    found = quality.judge(study(HOLDS, per_task=rows))
+    assert found.cases[-1]["without"] == (without and {**without, "figure": pytest.approx(without["figure"])})
+    assert (
+        (f"peak, {without['figure']:+.2f} without {without['task']}" in found.sentence)
+        if without
+        else found.sentence.endswith("peak")
+    )
+
+
+@pytest.mark.parametrize(
     "summary",
     [
         {},

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median_low
+from statistics import fmean, median_low
 
 from benchmarks.claim.cases import PUBLISHED
 from benchmarks.claim.verdict import UNDECIDED, VERDICTS
@@ -117,6 +117,10 @@ def _case(
         raise InputError(f"a verdict is one of {', '.join(map(str, verdicts))}, got {shown(comparison['verdict'])}")
     if comparison.get("difference") is not None and None in (comparison.get("low"), comparison.get("high")):
         raise ValueError("a difference has an interval")
+    per_task = [
+        {"task": str(row["task"]), **{name: float(_number(row[name])) for name in ("difference", "low", "high")}}
+        for row in comparison.get("per_task", ())
+    ]
     return {
         "first": comparison["first"],
         "second": comparison["second"],
@@ -132,12 +136,20 @@ def _case(
         "detectable": _number(comparison.get("detectable")),
         "seeds_to_decide": _number(comparison.get("seeds_to_decide")),
         "equivalent": comparison.get("equivalent"),
-        "per_task": [
-            {"task": str(row["task"]), **{name: float(_number(row[name])) for name in ("difference", "low", "high")}}
-            for row in comparison.get("per_task", ())
-        ],
+        "per_task": per_task,
+        "without": _without(per_task),
         "reason": comparison.get("reason"),
     }
+
+
+def _without(per_task: Sequence[Mapping[str, object]]) -> dict[str, object] | None:
+    """The mean difference without the task that moves it most, and which that is; None where there is one task."""
+    if len(per_task) < 2:
+        return None
+    mean = fmean(row["difference"] for row in per_task)
+    most = max(per_task, key=lambda row: abs(row["difference"] - mean))
+    others = fmean(row["difference"] for row in per_task if row is not most)
+    return {"task": most["task"], "figure": others}
 
 
 def _arm(arm: Mapping[str, object]) -> dict[str, object]:
@@ -217,5 +229,7 @@ def _words(case: Mapping[str, object]) -> str:
         return f"{case['case']}: {case['verdict']}, {case['reason']}"
     interval = f"{case['low']:+.2f} to {case['high']:+.2f}"
     price = f"at {case['peak_ratio']:.2f} of {case['second']}'s peak"
+    without = case["without"]
+    others = f", {without['figure']:+.2f} without {without['task']}" if without else ""
     why = f": {case['reason']}" if case["reason"] else ""
-    return f"{case['case']}: {case['verdict']}, {case['figure']:+.2f} {case['unit']} ({interval}) {price}{why}"
+    return f"{case['case']}: {case['verdict']}, {case['figure']:+.2f} {case['unit']} ({interval}) {price}{others}{why}"

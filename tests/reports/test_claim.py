@@ -15,6 +15,7 @@ COMPARISON = {
     **dict.fromkeys(("figure", "low", "high", "p_holm", "detectable", "seeds_to_decide", "equivalent", "reason")),
     "unit": "points",
     "peak_ratio": 1.28,
+    "without": None,
     "per_task": [],
 }
 HOSTILE = "<script>alert(1)</script>\"'&</td>{{ 7 * 7 }}"

@@ -62,6 +62,7 @@ def comparison(first, second, verdict, figure, **fields):
         "seeds_to_decide": None,
         "equivalent": None if figure is None else False,
         "per_task": [] if figure is None else [{"task": "questions", "difference": figure, "low": -9.0, "high": 9.0}],
+        "without": None,
         "reason": None,
     }
     return row | fields
@@ -96,7 +97,7 @@ def a_study():
         "studied": True,
         "cases": [
             comparison("core@peak", "lora", "undecided", -0.25, seeds_to_decide=40),
-            comparison("full", "lora", "holds", 3.0, p_holm=0.01),
+            comparison("full", "lora", "holds", 3.0, p_holm=0.01, without={"task": "ratings", "figure": -0.5}),
             comparison("late", "lora", "undecided", None, reason="4 of 4 runs are not done"),
         ],
         "explored": [
@@ -131,7 +132,7 @@ def test_comparisons_with_what_would_decide_them(study, tmp_path):
             "0.80",
             "undecided about 40 seeds would decide it",
         ],
-        "full minus lora": ["1.28", "+3.00 points", "+2.50 to +3.50", "0.0100", "0.80", "holds"],
+        "full minus lora": ["1.28", "+3.00 points, -0.50 without ratings", "+2.50 to +3.50", "0.0100", "0.80", "holds"],
         "late minus lora": ["1.28", "—", "—", "—", "—", "undecided 4 of 4 runs are not done"],
     }
     assert [cells[0].small for _, cells in table.rows] == ["the primary endpoint", "", ""]
