@@ -118,7 +118,7 @@ def _comparisons(cases: Rows) -> Table:
     return Table("Is the first better than the second?", headings, rows)
 
 
-_MEASURED = ("comparison", "peak of a step, first / second", "difference", "95 % interval")
+_MEASURED = ("comparison", "peaks of a step, first / second", "difference, points", "95 % interval")
 
 
 def _measured(case: Found) -> list[Cell]:
@@ -131,7 +131,7 @@ def _measured(case: Found) -> list[Cell]:
 
 def _of_others(case: Found) -> str:
     without = case["without"]
-    return f"{case['unit']}, {without['figure']:+.2f} without {without['task']}" if without else str(case["unit"])
+    return f"{without['figure']:+.2f} without {without['task']}" if without else ""
 
 
 def _explored(cases: Rows) -> Table:

@@ -277,10 +277,10 @@ def test_quality_that_was_not_studied_says_so_and_is_no_pass(found, tmp_path):
     text = text_of(page(found, tmp_path))
     assert "Quality: SparseGrad as published against LoRA at as many parameters holds" in text
     assert "not studied yet" not in text
-    assert "a minus b the primary endpoint 1.28 +0.50 points +0.10 to +0.90 0.0100 0.30 holds" in text
+    assert "a minus b the primary endpoint 1.28 +0.50 +0.10 to +0.90 0.0100 0.30 holds" in text
     assert "c minus b 1.28 — — — — undecided 3 of 9 runs are not done" in text
     assert "Outside of the protocol" in text
-    assert "a minus d 0.98 +0.50 points +0.10 to +0.90" in text
+    assert "a minus d 0.98 +0.50 +0.10 to +0.90" in text
 
 
 def the_paper():

@@ -126,13 +126,13 @@ def test_comparisons_with_what_would_decide_them(study, tmp_path):
     assert rows(table) == {
         "core@peak minus lora": [
             "1.28",
-            "-0.25 points",
+            "-0.25",
             "-0.75 to +0.25",
             "—",
             "0.80",
             "undecided about 40 seeds would decide it",
         ],
-        "full minus lora": ["1.28", "+3.00 points, -0.50 without ratings", "+2.50 to +3.50", "0.0100", "0.80", "holds"],
+        "full minus lora": ["1.28", "+3.00 -0.50 without ratings", "+2.50 to +3.50", "0.0100", "0.80", "holds"],
         "late minus lora": ["1.28", "—", "—", "—", "—", "undecided 4 of 4 runs are not done"],
     }
     assert [cells[0].small for _, cells in table.rows] == ["the primary endpoint", "", ""]
@@ -142,7 +142,7 @@ def test_what_is_outside_of_the_protocol_stands_apart_and_has_no_verdict(study, 
     table = quality.section(study, tmp_path).explored
     assert "no verdict" in table.caption
     assert rows(table) == {
-        "core@peak minus full": ["1.28", "-1.50 points", "-2.00 to -1.00"],
+        "core@peak minus full": ["1.28", "-1.50", "-2.00 to -1.00"],
         "core@peak minus late": ["1.28", "—", "—"],
     }
     assert [cells[0].small for _, cells in table.rows] == ["", "4 of 4 runs are not done"]
