@@ -1,13 +1,17 @@
-"""The committed study: its summary is what its runs say, and its README counts them."""
+"""The committed study: its summary is what its runs say, and both READMEs print its figures."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
-from benchmarks.claim.quality import SUMMARY
+from benchmarks.claim.quality import SUMMARY, judge, read
 from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.summary import summarise
+
+ROOT = Path(__file__).parents[2]
+STUDY = SUMMARY.with_name("README.md")
 
 
 def leaves(thing, path=()):
@@ -29,5 +33,79 @@ def test_the_summary_is_of_the_runs_beside_it():
         path: value for path, value in committed.items() if path not in numbers
     }
     assert [made[path] for path in numbers] == pytest.approx([committed[path] for path in numbers], rel=1e-6, abs=1e-12)
-    readme = (Path(runs).parent / "README.md").read_text()
-    assert f"{made['runs', 'settled']} of {made['runs', 'planned']} runs" in readme
+    assert f"{made['runs', 'settled']} of {made['runs', 'planned']} runs" in STUDY.read_text()
+
+
+@pytest.fixture(scope="module")
+def quality():
+    """What the claim reads of the study."""
+    return judge(read(SUMMARY))
+
+
+def rows(path, heading):
+    """The first Markdown table in a file whose heading begins so: its headings, and its cells by the first one."""
+    text = path.read_text()
+    lines = takewhile(lambda line: line.startswith("|"), text[text.index(f"\n| {heading} |") + 1 :].splitlines())
+    (_, *headings), _, *body = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    return headings, {name: cells for name, *cells in body}
+
+
+def interval(case):
+    return f"{case['figure']:+.2f} ({case['low']:+.2f} to {case['high']:+.2f})"
+
+
+def without_fine(case):
+    of = [row["difference"] for row in case["per_task"] if row["task"] != "trec-fine"]
+    return f"{sum(of) / len(of):+.2f}"
+
+
+def test_the_project_s_readme_prints_each_arm(quality):
+    headings, printed = rows(ROOT / "README.md", "arm")
+    assert headings[-2:] == ["without `trec-fine", "verdict"]
+    to_lora = {case["first"]: case for case in quality.cases if case["second"] == "lora"}
+    assert printed == {
+        arm["arm"]: [f"{arm['peak_step_bytes'] / 2**20:.1f}", f"{arm['mean']:.2f}"]
+        + (
+            ["", "", ""]
+            if arm["arm"] == "lora"
+            else [interval(case := to_lora[arm["arm"]]), without_fine(case), case["verdict"]]
+        )
+        for arm in quality.arms
+    }
+
+
+def test_the_study_s_readme_prints_each_arm_and_each_task(quality):
+    _, printed = rows(STUDY, "arm")
+    to_lora = {case["first"]: case for case in quality.cases if case["second"] == "lora"}
+    for arm in quality.arms:
+        peak = f"{arm['peak_step_bytes'] / 2**20:.1f}"
+        mean = f"{arm['mean']:.2f} ({arm['low']:.2f} to {arm['high']:.2f})"
+        case = to_lora.get(arm["arm"])
+        assert printed.pop(arm["arm"])[1:] == [peak, mean, *(compared(case) if case else ["", "", ""])]
+    assert not printed
+    headings, printed = rows(STUDY, "minus LoRA")
+    tasks = [of["task"] for of in quality.arms[0]["tasks"]]
+    assert headings == [*tasks, "without trec-fine"]
+    assert printed == {
+        name: [*(f"{row['difference']:+.2f}" for row in case["per_task"]), without_fine(case)]
+        for name, case in to_lora.items()
+    }
+
+
+def compared(case):
+    p = "primary" if case["p_holm"] is None else "<0.0001" if case["p_holm"] < 1e-4 else f"{case['p_holm']:.4f}"
+    return [interval(case), p, case["verdict"]]
+
+
+def test_the_study_s_readme_prints_the_other_comparisons(quality):
+    _, printed = rows(STUDY, "comparison")
+    assert printed == {
+        f"{case['first']}` minus `{case['second']}": [
+            f"{case['peak_ratio']:.2f}",
+            interval(case),
+            without_fine(case),
+            *(compared(case)[1:] if case["verdict"] else ["not corrected", "none: outside of the protocol"]),
+        ]
+        for case in (*quality.cases, *quality.explored)
+        if case["second"] != "lora"
+    }
