@@ -11,6 +11,8 @@ import torch
 from benchmarks.harness.caching_allocator import AllocatorBytes
 from benchmarks.harness.errors import InputError
 
+MIB = 2**20
+
 
 class AllocatorMeter:
     """What the caching allocator of one device held at most in the phases of some work, and what it was short of.
@@ -68,6 +70,16 @@ def release_unused(device: torch.device) -> None:
     torch.cuda.synchronize(device)
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
+
+
+def hold_to(device: torch.device, limit_bytes: int) -> None:
+    """Let the allocator have no more than `limit_bytes` of the device, as if there were no more; 0 or less: nothing.
+
+    What is beyond is refused as the device would refuse it, after the cache was given back.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    # Segments are whole MiB: half of one keeps the fraction's rounding from taking a byte of the last.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit_bytes + MIB // 2) / total), device)
 
 
 @contextmanager

@@ -44,6 +44,19 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 50256,
         },
     ),
+    # Zhang et al., 2024, arXiv:2401.02385
+    "tinyllama-1.1b": (
+        "llama",
+        _LLAMA_2
+        | {
+            "max_position_embeddings": 2048,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+        },
+    ),
     # Touvron et al., 2023, arXiv:2307.09288
     "llama-2-7b": (
         "llama",

@@ -17,6 +17,7 @@ from typing import TextIO
 import torch
 
 from baselines.method import MethodError
+from benchmarks.harness.cuda import hold_to
 from benchmarks.harness.environment import allocator, environment, process_peak_bytes
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.nvml import driver_version
@@ -24,6 +25,7 @@ from benchmarks.harness.plain import PlainPass
 from benchmarks.harness.process import Ended, LineProcess, end_with_parent, process_variables
 from benchmarks.harness.protocol import Diverged, measure_memory
 from benchmarks.harness.spec import RunSpec
+from reports.capacity import CONTEXT_BYTES
 from reports.record import Record, RecordError
 from sparsegrad import SparseGradError
 
@@ -142,6 +144,8 @@ class Session:
             raise InputError("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu")
         self._spec = spec
         self._workload = spec.workload()
+        if spec.gpu_memory_bytes is not None:
+            hold_to(torch.device(spec.device), spec.gpu_memory_bytes - CONTEXT_BYTES)
         self._pass: PlainPass | None = None
 
     def prepare(self) -> None:
