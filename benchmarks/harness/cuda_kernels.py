@@ -60,6 +60,7 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks.harness.attention import HALVES, NoKernel, attend, choose
 from benchmarks.harness.cards import Card
+from benchmarks.harness.reductions import partial_results_bytes
 
 aten = torch.ops.aten
 See = Callable[[object], None]
@@ -111,6 +112,8 @@ class CudaKernels:
             self._keep_workspace("cublas", see)
             if func is aten.addmm.default and args[0].dim() == 1:
                 self._keep_workspace("cublasLt", see)
+        if func in REDUCTIONS:
+            return _reduce(self._card, func, args, kwargs, see)
         kernel = _KERNELS.get(func)
         return func(*args, **kwargs) if kernel is None else kernel(func, args, kwargs, see)
 
@@ -263,11 +266,66 @@ def _of_efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) ->
     return sizes
 
 
+def _of_eigenvectors(matrix: Tensor, *_) -> list[int]:
+    """cuSOLVER's room for `syevd` in CUDA 13.0, the larger of two figures, which it gave for 13 sizes on an H100."""
+    n = matrix.shape[-1]
+    if matrix.dtype == torch.float64:
+        return [max(32 * n**2 + 1016 * n + 263_836, 24 * n**2 + 6144 * n + 524_956)]
+    if n <= MOST_BY_JACOBI:
+        return [4 * n**2]
+    return [max(16 * n**2 + 508 * n + 131_984, 12 * n**2 + 3072 * n + 262_544)]
+
+
+def _of_sparse_product(result: Tensor, sparse: Tensor, *_) -> list[int]:
+    """What cuSPARSE's product works on: the result column by column, and the rows of the entries, compressed."""
+    if sparse.layout != torch.sparse_coo:
+        return []
+    entries = sparse._nnz()
+    return [result.numel() * result.itemsize, entries * (20 + result.itemsize) + 4 * (sparse.shape[0] + 1)]
+
+
+def _reduce(card: Card, func, args, kwargs, see: See) -> object:
+    """Run; then, the result allocated, hold the buffers of the kernel's thread blocks for a moment."""
+    result = func(*args, **kwargs)
+    see(result)
+    given, dims = args[0], args[REDUCTIONS[func]] if len(args) > REDUCTIONS[func] else None
+    dims = range(given.dim()) if dims in (None, [], ()) else [dims] if isinstance(dims, int) else dims
+    bytes_each = _accumulator_bytes(func, given.dtype, kwargs.get("dtype"))
+    held = [
+        torch.empty(size, dtype=torch.uint8)
+        for size in partial_results_bytes(
+            card, given.shape, given.stride(), {dim % max(given.dim(), 1) for dim in dims}, bytes_each
+        )
+    ]
+    see(held)
+    return result
+
+
+def _accumulator_bytes(func, dtype: torch.dtype, asked: torch.dtype | None) -> int:
+    if func in EXTREMES:
+        return dtype.itemsize
+    wide = asked or dtype
+    return 8 if not wide.is_floating_point else max(4, wide.itemsize)
+
+
 def _layer_norm(func, args, kwargs, see: See) -> object:
     out, *statistics = func(*args, **kwargs)
     if out.dtype in HALVES:
         statistics = [torch.empty_like(each, dtype=torch.float32) for each in statistics]
     return out, *statistics
+
+
+def _drawn_on_host(func, args, kwargs, see: See) -> object:
+    """A permutation by the CPU's generator; with it, what is made of it until it is moved."""
+    # There is no other generator where tensors are fake.
+    return _on_host(slice(None), func, args, kwargs, see)
+
+
+def _sort(func, args, kwargs, see: See) -> object:
+    """Where its input is."""
+    if getattr(args[0].untyped_storage(), "on_host", False):
+        return _on_host(slice(None), func, args, kwargs, see)
+    return func(*args, **kwargs)
 
 
 def _on_host(results: slice, func, args, kwargs, see: See) -> object:
@@ -278,6 +336,19 @@ def _on_host(results: slice, func, args, kwargs, see: See) -> object:
             tensor.untyped_storage().on_host = True
     return result
 
+
+# Up to here eigenvectors in float32 are found by Jacobi's method, which has little room of its own.
+MOST_BY_JACOBI = 512
+EXTREMES = {aten.amax.default, aten.amin.default, aten.max.default, aten.min.default}
+# Reductions, and which argument has the dimensions; without one, or with none in it, they are all.
+REDUCTIONS = {
+    aten.sum.default: 1,
+    aten.sum.dim_IntList: 1,
+    aten.mean.default: 1,
+    aten.mean.dim: 1,
+    aten.linalg_vector_norm.default: 2,
+    **dict.fromkeys(EXTREMES, 1),
+}
 
 MATRIX_PRODUCTS = {
     aten.mm.default,
@@ -299,8 +370,15 @@ _KERNELS = {
     aten._coalesce.default: partial(_with_temporaries, _of_coalesce),
     aten._scaled_dot_product_flash_attention_backward.default: partial(_with_temporaries, _of_flash_backward),
     aten._scaled_dot_product_efficient_attention_backward.default: partial(_with_temporaries, _of_efficient_backward),
+    aten._linalg_eigh.default: partial(_with_temporaries, _of_eigenvectors),
+    aten._linalg_eigh.eigenvalues: partial(_with_temporaries, _of_eigenvectors),
+    aten.addmm.default: partial(_with_temporaries, _of_sparse_product),
+    aten.addmm_.default: partial(_with_temporaries, _of_sparse_product),
     aten.native_layer_norm.default: _layer_norm,
     aten.lift_fresh.default: partial(_on_host, slice(None)),
+    aten.randperm.generator: _drawn_on_host,
+    aten.sort.default: _sort,
+    aten.sort.stable: _sort,
     aten._scaled_dot_product_efficient_attention.default: partial(_on_host, slice(2, None)),
     aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_alone,
 }
