@@ -40,20 +40,9 @@ SMALL_LLAMA = {"model": "tinyllama-1.1b", "targets": "mlp/11", **DECODER}
 
 EDGE_BYTES = 16 * GIB
 EDGES: Sequence[tuple[str, Mapping[str, object], Mapping[str, int]]] = (
-    ("lora[7]", ROBERTA_BASE, {"full": 182, "lora": 188, "sparsegrad": 181, "sparsegrad-core": 213}),
-    (
-        "lora[10]",
-        ROBERTA_LARGE,
-        {
-            "full": 53,
-            "lora": 64,
-            "meprop-weight": 56,
-            "sparsegrad": 56,
-            "sparsegrad-core": 76,
-            "sparsegrad-directions": 76,
-        },
-    ),
-    ("lora[7]", SMALL_LLAMA, {"lora": 15, "sparsegrad": 14, "sparsegrad-core": 14}),
+    ("lora[7]", ROBERTA_BASE, {"full": 182, "lora": 188, "sparsegrad": 181}),
+    ("lora[10]", ROBERTA_LARGE, {"lora": 64, "sparsegrad": 56, "sparsegrad-core": 76}),
+    ("lora[7]", SMALL_LLAMA, {"lora": 15, "sparsegrad": 13}),
 )
 
 # Group -> methods, the reference that sets their budgets, and the fields of `RunSpec` in which its runs differ.
@@ -78,6 +67,8 @@ GROUPS: Mapping[str, Sequence[tuple[Sequence[str], str, Mapping[str, object]]]] 
             (("lora",), "lora[7]", {**SMALL_LLAMA, "attention": "sdpa-flash"}),
             (("lora",), "lora[7]", {**SMALL_LLAMA, "attention": "sdpa-efficient"}),
             (("full", "lora", "sparsegrad-core"), "lora[7]", {"model": "gpt2", "batch": 4, "seq": 256}),
+        ),
+        "large": (
             (
                 ("lora", "sparsegrad", "sparsegrad-core"),
                 "lora[32]",
@@ -105,7 +96,6 @@ GROUPS: Mapping[str, Sequence[tuple[Sequence[str], str, Mapping[str, object]]]] 
             for method, most in largest.items()
             for batch in (most, most + 1)
         ),
-        "whole": ((("full",), "lora[32]", {"model": "llama-2-7b", "targets": "mlp/3", **DECODER}),),
     }
 )
 
@@ -151,7 +141,7 @@ def measure(wanted: Sequence[RunSpec], needs: Mapping[tuple, int], done: Done, j
             with turn:
                 done(*result)
 
-        with room.lent(needs.get(identity(spec), 4 * GIB)):
+        with room.lent(needs.get(identity(spec), spec.gpu_memory_bytes or 4 * GIB)):
             measure_all([replace(spec, threads=2)], None, lambda _, *rest: told(spec, *rest), time_limit_s=240)
 
     with ThreadPoolExecutor(jobs) as threads:
@@ -174,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--predict", action="store_true", help="predict the runs instead of measuring them")
     parser.add_argument("--needs", type=Path, metavar="PATH", help="records that say what each run needs of the card")
     parser.add_argument("--room", type=float, default=70.0, metavar="GIB", help="of the card's memory")
+    parser.add_argument("--skip", type=Path, metavar="PATH", help="records of runs that are not measured again")
     chosen = parser.parse_args(arguments)
     check_destination(chosen.json)
     wanted = specs(chosen.only.split(","), GPU if chosen.predict else None)
@@ -185,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             collect(wanted, "predicted", obtain, chosen.json)
         return
+    had = {identity(record) for record in read(chosen.skip) if record.status == "ok"} if chosen.skip else set()
+    wanted = [spec for spec in wanted if identity(spec) not in had]
     known = read(chosen.needs) if chosen.needs else []
     needs = {
         identity(record): max(record.peak_reserved_bytes, record.peak_preparation_bytes) + GIB

@@ -144,16 +144,30 @@ def add_from_basis(weight: Tensor, indices: Tensor, values: Tensor, basis: Trans
     elif V is None or (U is not None and d_in > d_out):
         D = torch.sparse_coo_tensor(indices, values, (d_out, d_in), check_invariants=False)
         if V is None:
-            weight.addmm_(D, U)
+            _add_product(weight, D, U)
         else:
-            weight.addmm_(V.T, weight.new_zeros(d_out, d_in).addmm_(D, U))
+            weight.addmm_(V.T, _add_product(weight.new_zeros(d_out, d_in), D, U))
     else:
         D = torch.sparse_coo_tensor(indices.flip(0), values, (d_in, d_out), check_invariants=False)
-        turned = weight.new_zeros(d_in, d_out).addmm_(D, V)
+        turned = _add_product(weight.new_zeros(d_in, d_out), D, V)
         if U is None:
             weight.add_(turned.T)
         else:
             weight.addmm_(turned.T, U)
+
+
+def _add_product(total: Tensor, sparse: Tensor, dense: Tensor) -> Tensor:
+    """Add `sparse @ dense` to the total in place, and return it.
+
+    torch multiplies no sparse matrix of half precision on CUDA. A dense one takes its place there, which is what the
+    product of a sparse one holds besides in any precision: a second matrix of the total's size.
+    """
+    if total.is_cuda and total.dtype in (torch.float16, torch.bfloat16):
+        row, col = sparse._indices()
+        filled = torch.zeros(sparse.shape, dtype=total.dtype, device=total.device)
+        filled.view(-1)[row * sparse.shape[1] + col] = sparse._values()
+        return total.addmm_(filled, dense)
+    return total.addmm_(sparse, dense)
 
 
 class FoldedLinear(AdaptedLinear):

@@ -376,10 +376,11 @@ def test_bfloat16_runs_for_every_method():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bf16-mixed"])
 @pytest.mark.parametrize("method", CORE)
-def test_cuda_run(method):
+def test_cuda_run(method, dtype):
     records = []
-    a_spec = spec(method, device="cuda", **{**BLOCK, "rounds": 2})
+    a_spec = spec(method, device="cuda", dtype=dtype, **{**BLOCK, "rounds": 2})
     measure_all([a_spec], None, lambda _, record, seconds: records.append(record))
     (record,) = records
     assert record.status == "ok"
