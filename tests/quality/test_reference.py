@@ -12,6 +12,8 @@ from benchmarks.quality.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 STUDY = SUMMARY.with_name("README.md")
+# Three times the steps on one task.
+LONGER = SUMMARY.parent / "longer" / "summary.json"
 
 
 def leaves(thing, path=()):
@@ -23,10 +25,11 @@ def leaves(thing, path=()):
         yield path, thing
 
 
-def test_the_summary_is_of_the_runs_beside_it():
-    runs = SUMMARY.with_name("runs.jsonl")
+@pytest.mark.parametrize("summary", [SUMMARY, LONGER], ids=["core", "longer"])
+def test_the_summary_is_of_the_runs_beside_it(summary):
+    runs = summary.with_name("runs.jsonl")
     made = dict(leaves(json.loads(json.dumps(summarise(Ledger(runs))))))
-    committed = dict(leaves(json.loads(SUMMARY.read_text())))
+    committed = dict(leaves(json.loads(summary.read_text())))
     assert made.keys() == committed.keys()
     numbers = {path for path, value in made.items() if isinstance(value, float)}
     assert {path: value for path, value in made.items() if path not in numbers} == {
@@ -109,3 +112,29 @@ def test_the_study_s_readme_prints_the_other_comparisons(quality):
         for case in (*quality.cases, *quality.explored)
         if case["second"] != "lora"
     }
+
+
+def test_the_study_s_readme_prints_the_longer_runs():
+    study, core = (json.loads(path.read_text()) for path in (LONGER, SUMMARY))
+    assert (study["study"]["epochs"], study["study"]["tasks"]) == (3 * core["study"]["epochs"], ["trec-fine"])
+    in_core = {
+        arm["arm"]: task["score"] for arm in core["arms"] for task in arm["tasks"] if task["task"] == "trec-fine"
+    }
+    _, printed = rows(STUDY, "arm, 456 steps")
+    assert printed == {
+        arm["arm"]: [
+            f"{arm['tasks'][0]['lr']:g}",
+            f"{arm['mean']['score']:.2f} ({arm['mean']['low']:.2f} to {arm['mean']['high']:.2f})",
+            f"{in_core[arm['arm']]:.2f}",
+            f"{arm['tasks'][0]['losses'][-1]:.2f}",
+        ]
+        for arm in study["arms"]
+    }
+    primary = study["primary"]
+    difference = f"{primary['difference']:+.2f} points ({primary['low']:+.2f} to {primary['high']:+.2f})"
+    assert f"{difference}, **{primary['verdict']}**" in STUDY.read_text()
+    assert f"{primary['seeds_to_decide']} seeds would decide it" in " ".join(STUDY.read_text().split())
+    assert (
+        f"{primary['difference']:+.2f} ({primary['low']:+.2f} to {primary['high']:+.2f}, {primary['verdict']})"
+        in (ROOT / "README.md").read_text()
+    )
