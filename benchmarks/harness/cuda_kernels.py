@@ -1,7 +1,8 @@
 """What PyTorch allocates on a CUDA card otherwise than on the CPU, cause by cause, for a prediction's fake tensors.
 
 Fake tensors are the CPU's, so each operation returns what its CPU kernel would. What differs on CUDA is put here, from
-the sources of PyTorch 2.13 and its neighbours; nothing is fitted to a measurement.
+the sources of PyTorch 2.13 and its neighbours. What the libraries of closed source take for themselves was measured, an
+operation at a time; nothing is fitted to a training step.
 
 Above autograd, where other operations run, and so other tensors are saved for backward:
  - Dropout saves a mask of one byte an entry (`native_dropout`); the CPU's keeps a float tensor.
@@ -23,7 +24,14 @@ Inside kernels, what is allocated and freed before they return:
    large as the output; and the gradient of Q accumulated in float32 in tiles of its own.
  - The gradient of an embedding of more than 3072 tokens: the tokens sorted (four int64 each), and float32 partial sums
    of up to (tokens / 10 + the smaller of tokens and rows) rows.
- - `coalesce` of a COO tensor: flat indices, their sorted order, and the sort's own room (five int64 an entry).
+ - A reduction's partial results, one for each thread: 96 MiB for a bias gradient of 4096 x 3072 (reductions.py).
+ - `coalesce` of a COO tensor: flat indices and their sorted order (three int64 an entry). As much for the sort of a line
+   of more than 4096 entries, and what the largest k of a line of more than 20,000 are counted in (520 bytes a thread
+   block). The three are as an H100 measured them with PyTorch 2.11.
+ - A sparse matrix times a dense one: the result column by column, and the entries' rows, compressed (from the sources of
+   `s_addmm_out_sparse_dense_cuda`).
+ - Eigenvectors and the factors Q and R: cuSOLVER's room, four matrices of the size for eigenvectors in float64. Formulas
+   that meet what an H100 measured with CUDA 13.0, to the byte, for sizes from 64 to 11008, and for six of Q and R.
 
 And beside the operations:
  - Layer normalisation keeps its means and deviations in float32, also of half and bfloat16.
@@ -34,17 +42,15 @@ And beside the operations:
  - cuBLASLt, which runs a product that adds a bias (`addmm` with a vector) and whose handle is cuBLAS's, has 1 MiB more
    for each thread. Revisions of PyTorch differ in this: in some it shares cuBLAS's. Steps measured with 2.10 and 2.14
    show the 1 MiB, and they decided it here.
- - AdamW's step counters and other tensors made of Python numbers stay on the host; so do the efficient kernel's seeds.
-   Fused AdamW's counters are on the card.
+ - AdamW's step counters and other tensors made of Python numbers stay on the host; so do the efficient kernel's seeds,
+   and what the host's generator permutes until it is moved. Fused AdamW's counters are on the card.
  - Optimizer implementations run as they are, temporaries included: on CUDA torch takes foreach where nothing is named.
 
-What is NOT modelled: the workspaces of cuDNN's attention (which torch does not know before it runs) and of cuSOLVER
-(the decompositions in SparseGrad's preparation and in GaLore's steps: of the order of the matrix, hundreds of MiB for
-one of 11008 x 11008);
-flash's buffers for splitting K at small B x H x L; the efficient kernel's accumulators for K and V where a card's
-shared memory is too small for head sizes above 64; partial sums of reductions and of layer normalisation over more than
-65536 rows; the room of sorts, top-k and scans; copies that a matrix product makes of inputs with unusual strides;
-convolutions. Of these only the first four can reach megabytes in the methods and models here.
+What is NOT modelled: cuSOLVER's room for singular values (PiSSA's and LoRA-XS's preparation: a few MiB); flash's
+buffers for splitting K at small B x H x L; the efficient kernel's accumulators for K and V where a card's shared memory
+is too small for head sizes above 64; partial sums of layer normalisation over more than 65536 rows; the room of scans;
+copies that a matrix product makes of inputs with unusual strides; convolutions. Of these the second and the third can
+reach megabytes in the methods and models here. cuDNN's attention showed no workspace on an H100.
 """
 
 from __future__ import annotations
@@ -286,13 +292,19 @@ def _largest(card: Card, func, args, kwargs, see: See) -> object:
 
 
 def _of_eigenvectors(matrix: Tensor, *_) -> list[int]:
-    """cuSOLVER's room for `syevd` in CUDA 13.0, the larger of two figures, which it gave for 13 sizes on an H100."""
+    """cuSOLVER's room in CUDA 13.0, by 38 sizes and types on an H100."""
     n = matrix.shape[-1]
     if matrix.dtype == torch.float64:
         return [max(32 * n**2 + 1016 * n + 263_836, 24 * n**2 + 6144 * n + 524_956)]
     if n <= MOST_BY_JACOBI:
-        return [4 * n**2]
+        return [4 * n**2 + n**2 // 64 + 132 * n + n // 8 + 4100]
     return [max(16 * n**2 + 508 * n + 131_984, 12 * n**2 + 3072 * n + 262_544)]
+
+
+def _of_qr(matrix: Tensor, *_) -> list[int]:
+    """cuSOLVER's room for the factors of (..., columns) in CUDA 13.0, by six sizes on an H100."""
+    columns = matrix.shape[-1]
+    return [(max(columns, 256) + 512) * 1024 * matrix.itemsize + columns * matrix.itemsize + 132]
 
 
 def _of_sparse_product(result: Tensor, sparse: Tensor, *_) -> list[int]:
@@ -358,7 +370,7 @@ def _on_host(results: slice, func, args, kwargs, see: See) -> object:
 
 MOST_SORTED_IN_A_BLOCK = 4096
 LEAST_FOR_BLOCKS = 20_000
-# Up to here eigenvectors in float32 are found by Jacobi's method, which has little room of its own.
+# Up to here eigenvectors in float32 are found by another method, which takes a quarter of the room.
 MOST_BY_JACOBI = 512
 EXTREMES = {aten.amax.default, aten.amin.default, aten.max.default, aten.min.default}
 # Reductions, and which argument has the dimensions; without one, or with none in it, they are all.
@@ -393,6 +405,7 @@ _KERNELS = {
     aten._scaled_dot_product_efficient_attention_backward.default: partial(_with_temporaries, _of_efficient_backward),
     aten._linalg_eigh.default: partial(_with_temporaries, _of_eigenvectors),
     aten._linalg_eigh.eigenvalues: partial(_with_temporaries, _of_eigenvectors),
+    aten.linalg_qr.default: partial(_with_temporaries, _of_qr),
     aten.addmm.default: partial(_with_temporaries, _of_sparse_product),
     aten.addmm_.default: partial(_with_temporaries, _of_sparse_product),
     aten.native_layer_norm.default: _layer_norm,
