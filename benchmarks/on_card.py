@@ -18,7 +18,8 @@ from types import MappingProxyType
 
 from baselines.registry import CORE, methods
 from benchmarks.claim.predictor import Predictor
-from benchmarks.collect import check_destination, collect
+from benchmarks.collect import check_destination, collect, say
+from benchmarks.harness.errors import InputError
 from benchmarks.harness.plan import plan
 from benchmarks.harness.spec import RunSpec
 from benchmarks.harness.turns import Done, measure_all
@@ -102,6 +103,8 @@ GROUPS: Mapping[str, Sequence[tuple[Sequence[str], str, Mapping[str, object]]]] 
 
 def specs(groups: Sequence[str] = tuple(GROUPS), gpu: str | None = None) -> list[RunSpec]:
     """All runs of the groups; for a prediction with the card's name."""
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise InputError(f"there is no group {unknown[0]!r}: choose among {', '.join(GROUPS)}")
     found = []
     for group in groups:
         for names, reference, workload in GROUPS[group]:
@@ -178,6 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     had = {identity(record) for record in read(chosen.skip) if record.status == "ok"} if chosen.skip else set()
     wanted = [spec for spec in wanted if identity(spec) not in had]
+    if not wanted:
+        say("nothing is left to measure")
+        return
     known = read(chosen.needs) if chosen.needs else []
     needs = {
         identity(record): max(record.peak_reserved_bytes, record.peak_preparation_bytes) + GIB

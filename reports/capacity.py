@@ -11,7 +11,7 @@ from reports.record import Record
 from reports.tables import Cell, Column, Row, Table
 
 # Of a card's memory, what the CUDA context and the loaded kernels are taken to need: not torch's, and not modelled. On
-# a T4 141 MiB were measured (benchmarks/reference/); of larger cards no measurement is at hand.
+# a T4 141 MiB were measured, on an H100 650 to 840 (benchmarks/reference/); of cards between them nothing is at hand.
 # benchmarks/harness/predict.py takes it from here, so that a prediction and its report count alike.
 CONTEXT_BYTES = 512 * 2**20
 # The memory of cards that are common; a size as it is sold, of which a driver may show somewhat less.

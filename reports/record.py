@@ -129,7 +129,7 @@ class Record:
     )
     peak_requested_bytes: int | None = _f("CUDA: most bytes requested in a step, before the allocator's rounding")
     peak_reserved_bytes: int | None = _f("CUDA: most bytes the caching allocator held in a step")
-    gpu_memory_bytes: int | None = _f("predictions for CUDA: the card's memory that `fits` asks about")
+    gpu_memory_bytes: int | None = _f("CUDA: the card's memory that `fits` asks about, or that a run was held to")
     fits: bool | None = _f("predictions for CUDA: whether preparation and training fit in gpu_memory_bytes")
     oom_phase: str | None = _f(
         "where they do not fit: what runs out of memory first: loading, preparation, forward, backward or optimizer"

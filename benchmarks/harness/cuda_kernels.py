@@ -25,13 +25,13 @@ Inside kernels, what is allocated and freed before they return:
  - The gradient of an embedding of more than 3072 tokens: the tokens sorted (four int64 each), and float32 partial sums
    of up to (tokens / 10 + the smaller of tokens and rows) rows.
  - A reduction's partial results, one for each thread: 96 MiB for a bias gradient of 4096 x 3072 (reductions.py).
- - `coalesce` of a COO tensor: flat indices and their sorted order (three int64 an entry). As much for the sort of a line
-   of more than 4096 entries, and what the largest k of a line of more than 20,000 are counted in (520 bytes a thread
-   block). The three are as an H100 measured them with PyTorch 2.11.
- - A sparse matrix times a dense one: the result column by column, and the entries' rows, compressed (from the sources of
-   `s_addmm_out_sparse_dense_cuda`).
- - Eigenvectors and the factors Q and R: cuSOLVER's room, four matrices of the size for eigenvectors in float64. Formulas
-   that meet what an H100 measured with CUDA 13.0, to the byte, for sizes from 64 to 11008, and for six of Q and R.
+ - `coalesce` of a COO tensor: flat indices and their sorted order (three int64 an entry). As much for the sort of a
+   line of more than 4096 entries, and 520 bytes a thread block for finding the largest of more than 20,000. The three
+   are as an H100 measured them with PyTorch 2.11.
+ - A sparse matrix times a dense one: the result column by column, and the entries' rows, compressed.
+ - Eigenvectors, and the factors Q and R: cuSOLVER's room, for eigenvectors in float64 four matrices of their size. By
+   formulas that meet, to the byte, what an H100 measured with CUDA 13.0 for sizes from 64 to 11008, and for six of
+   Q and R.
 
 And beside the operations:
  - Layer normalisation keeps its means and deviations in float32, also of half and bfloat16.

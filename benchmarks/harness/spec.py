@@ -42,7 +42,7 @@ class RunSpec:
     seed: int = 0
     device: str = "cpu"
     gpu: str | None = None  # predictions for CUDA: one of cards.py
-    gpu_memory_bytes: int | None = None  # predictions for CUDA: the card's memory
+    gpu_memory_bytes: int | None = None  # CUDA: the card's memory; a run's allocator is held to that of such a card
     threads: int | None = None
     calibration_steps: int = 30
     rounds: int = 15

@@ -7,13 +7,15 @@ import torch
 
 from baselines.full import Full
 from baselines.registry import methods
-from benchmarks.harness import protocol
+from benchmarks.harness import protocol, worker
 from benchmarks.harness.caching_allocator import AllocatorBytes, CachingAllocator, Replay
-from benchmarks.harness.cuda import AllocatorMeter, history
+from benchmarks.harness.cuda import AllocatorMeter, history, hold_to
 from benchmarks.harness.errors import InputError
 from benchmarks.harness.memory import Tracker
 from benchmarks.harness.protocol import allocated_breakdown, measure_memory, track
 from benchmarks.harness.spec import RunSpec
+from benchmarks.harness.worker import Session
+from reports.capacity import CONTEXT_BYTES
 from reports.record import BREAKDOWN, PEAKS, Record
 
 MIB = 2**20
@@ -304,3 +306,30 @@ def test_the_measured_steps_alone_are_recorded(device, monkeypatch, recorder):
 def test_a_run_on_cuda_is_metered(monkeypatch):
     monkeypatch.setattr(protocol, "_metered", lambda a_spec, workload: {"metered": a_spec.device})
     assert measure_memory(RunSpec(method="full", device="cuda", layer=(2, 3)), None) == {"metered": "cuda"}
+
+
+# --- a smaller card
+
+
+@pytest.mark.parametrize(("limit", "fraction"), [(16 * 1024, 0.2), (80 * 1024, 1.0), (-5, 0.0)])
+def test_the_allocator_is_held_to_a_smaller_card(limit, fraction, monkeypatch):
+    total, asked = 80 * 1024 * MIB, []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    hold_to(CPU, limit * MIB)
+    ((given, device),) = asked
+    assert device == CPU
+    # What torch makes of the fraction, whole bytes: no less than was asked for, and less than a MiB more.
+    assert max(limit, 0) * MIB <= int(given * total) < max(limit, 0) * MIB + MIB
+    assert given == pytest.approx(fraction, abs=1e-4)
+
+
+def test_a_run_is_held_to_the_memory_that_its_spec_names(monkeypatch):
+    held = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(worker, "hold_to", lambda *given: held.append(given))
+    monkeypatch.setattr(RunSpec, "workload", lambda self: None)
+    Session(spec("full", device="cuda", **LAYER))
+    assert held == []
+    Session(spec("full", device="cuda", gpu_memory_bytes=2**30, **LAYER))
+    assert held == [(torch.device("cuda"), 2**30 - CONTEXT_BYTES)]
