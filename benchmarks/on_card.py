@@ -145,7 +145,7 @@ def measure(wanted: Sequence[RunSpec], needs: Mapping[tuple, int], done: Done, j
                 done(*result)
 
         with room.lent(needs.get(identity(spec), spec.gpu_memory_bytes or 4 * GIB)):
-            measure_all([replace(spec, threads=2)], None, lambda _, *rest: told(spec, *rest), time_limit_s=240)
+            measure_all([replace(spec, threads=2)], None, lambda _, *rest: told(spec, *rest))
 
     with ThreadPoolExecutor(jobs) as threads:
         list(threads.map(one, wanted))

@@ -57,7 +57,7 @@ def test_each_run_is_measured_in_the_room_that_it_needs(monkeypatch):
     lent, done = [], []
     monkeypatch.setattr(Room, "lent", lambda self, size: lent.append(size) or threading.Lock())
 
-    def one(given, reference, tell, time_limit_s):
+    def one(given, reference, tell):
         (spec,) = given
         tell(spec, Record(method=spec.method, model=spec.label()), ())
 
