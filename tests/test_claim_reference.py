@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.claim.verdict import FAILS, judge
+from benchmarks.validation import H100
+from reports.record import read
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "benchmarks/reference/claim"
@@ -32,10 +34,30 @@ def test_the_readme_prints_the_peaks_of_the_table(section):
     lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
     heading, *rows = [[cell.strip(" `") for cell in line] for line in lines]
     methods = [f"sparsegrad{name}" if name.startswith("-") else name for name in heading[1:]]
-    assert len(rows) == 3
+    found = measured_ratios()
+    assert [case.partition(",")[2] == " measured" for case, *_ in rows] == [False, True, False, True, False]
     for case, *cells in rows:
-        model = case.partition(",")[0]
-        assert cells == [f"{ratios.pop((model, method)):.3f}" for method in methods]
+        model, _, how = case.partition(", ")
+        of = found if how == "measured" else ratios
+        figures = [of.get((model, method)) for method in methods]
+        assert cells == ["not run" if figure is None else f"{figure:.3f}" for figure in figures]
+        # The committed predictions are of an A100, whose workspaces of cuBLAS are smaller than an H100's.
+        assert all(abs(ratios[key] - found[key]) < 0.005 for key in found if key[1] in methods)
+
+
+def measured_ratios():
+    """(model, method) -> the peak of a step, by LoRA's, of the paper's cases that were measured."""
+    records = [
+        record
+        for record in read(H100)
+        if record.model in ("roberta-base", "roberta-large")
+        and (record.dtype, record.attention, record.train_rest) == ("float32", "sdpa", "all")
+        and (record.optimizer, record.optimizer_impl) == ("adamw", "foreach")
+        and (record.checkpointing, record.accumulate) == (False, 1)
+    ]
+    peaks = {(record.model, record.method): record.peak_step_bytes for record in records}
+    assert len(peaks) == len(records)
+    return {key: peak / peaks[key[0], "lora"] for key, peak in peaks.items()}
 
 
 def test_sparsegrad_as_published_fails_by_the_table_as_the_readme_says(section):
