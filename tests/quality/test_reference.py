@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 STUDY = SUMMARY.with_name("README.md")
 # Three times the steps on one task.
 LONGER = SUMMARY.parent / "longer" / "summary.json"
+# A third of the training examples on three tasks.
+HUNDRED = SUMMARY.parent / "hundred" / "summary.json"
 
 
 def leaves(thing, path=()):
@@ -25,7 +27,7 @@ def leaves(thing, path=()):
         yield path, thing
 
 
-@pytest.mark.parametrize("summary", [SUMMARY, LONGER], ids=["core", "longer"])
+@pytest.mark.parametrize("summary", [SUMMARY, LONGER, HUNDRED], ids=["core", "longer", "hundred"])
 def test_the_summary_is_of_the_runs_beside_it(summary):
     runs = summary.with_name("runs.jsonl")
     made = dict(leaves(json.loads(json.dumps(summarise(Ledger(runs))))))
@@ -138,3 +140,27 @@ def test_the_study_s_readme_prints_the_longer_runs():
         f"{primary['difference']:+.2f} ({primary['low']:+.2f} to {primary['high']:+.2f}, {primary['verdict']})"
         in (ROOT / "README.md").read_text()
     )
+
+
+def test_both_readmes_print_the_runs_of_a_hundred_examples():
+    study, core = (json.loads(path.read_text()) for path in (HUNDRED, SUMMARY))
+    assert study["study"]["train_size"] == 100
+    tasks, primary = study["study"]["tasks"], study["primary"]
+    headings, printed = rows(STUDY, "of 100 examples")
+    assert headings[:-1] == tasks
+    in_core = [row["difference"] for row in core["primary"]["per_task"] if row["task"] in tasks]
+    mean = f"{primary['difference']:+.2f} ({primary['low']:+.2f} to {primary['high']:+.2f}"
+    assert printed == {
+        **{
+            arm["arm"]: [
+                *(f"{task['score']:.2f}" for task in arm["tasks"]),
+                f"{arm['mean']['score']:.2f} ({arm['mean']['low']:.2f} to {arm['mean']['high']:.2f})",
+            ]
+            for arm in study["arms"]
+        },
+        "difference": [*(f"{row['difference']:+.2f}" for row in primary["per_task"]), f"{mean})"],
+        "of 300 examples": [*(f"{each:+.2f}" for each in in_core), f"{sum(in_core) / len(in_core):+.2f}"],
+    }
+    assert f"it **{primary['verdict']}**, by {primary['difference']:.2f} points" in " ".join(STUDY.read_text().split())
+    said = f"by {primary['difference']:+.2f} points ({primary['low']:+.2f} to {primary['high']:+.2f}, {primary['verdict']})"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
