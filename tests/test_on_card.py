@@ -8,6 +8,7 @@ import pytest
 from baselines.registry import CORE, methods
 from benchmarks import on_card
 from benchmarks.harness.errors import InputError
+from benchmarks.harness.predict import predict
 from benchmarks.on_card import EDGE_BYTES, GIB, GROUPS, Room, identity, main, measure, specs
 from reports.record import Record, read
 
@@ -26,6 +27,13 @@ def test_the_edges_are_pairs():
     assert {spec.gpu_memory_bytes for spec in edges} == {EDGE_BYTES}
     for fits, more in zip(edges[::2], edges[1::2], strict=True):
         assert replace(fits, batch=fits.batch + 1) == more
+
+
+def test_an_edge_is_where_the_predictions_have_it():
+    fits, more = (
+        spec for spec in specs(["edges"], gpu="h100") if spec.model == "tinyllama-1.1b" and spec.method == "lora"
+    )
+    assert [predict(spec).fits for spec in (fits, more)] == [True, False]
 
 
 def test_a_run_and_its_record_are_identified_alike():

@@ -346,12 +346,6 @@ def _layer_norm(func, args, kwargs, see: See) -> object:
     return out, *statistics
 
 
-def _drawn_on_host(func, args, kwargs, see: See) -> object:
-    """A permutation by the CPU's generator; with it, what is made of it until it is moved."""
-    # There is no other generator where tensors are fake.
-    return _on_host(slice(None), func, args, kwargs, see)
-
-
 def _sort(func, args, kwargs, see: See) -> object:
     """Where its input is."""
     if getattr(args[0].untyped_storage(), "on_host", False):
@@ -410,7 +404,8 @@ _KERNELS = {
     aten.addmm_.default: partial(_with_temporaries, _of_sparse_product),
     aten.native_layer_norm.default: _layer_norm,
     aten.lift_fresh.default: partial(_on_host, slice(None)),
-    aten.randperm.generator: _drawn_on_host,
+    # By the host's generator: no method permutes with a card's, which fake tensors could not tell from it.
+    aten.randperm.generator: partial(_on_host, slice(None)),
     aten.sort.default: _sort,
     aten.sort.stable: _sort,
     aten._scaled_dot_product_efficient_attention.default: partial(_on_host, slice(2, None)),
