@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.claim.quality import SUMMARY, judge, read
 from benchmarks.quality.ledger import Ledger
+from benchmarks.quality.study import arm_of
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.training import FINAL
 
@@ -17,10 +18,8 @@ ROOT = Path(__file__).parents[2]
 STUDY = SUMMARY.with_name("README.md")
 # Three times the steps on one task.
 LONGER = SUMMARY.parent / "longer" / "summary.json"
-# A third of the training examples on three tasks.
+# A third of the training examples on three tasks, seven learning rates for each arm.
 HUNDRED = SUMMARY.parent / "hundred" / "summary.json"
-# The same with seven learning rates for each arm.
-SEVEN = SUMMARY.parent / "hundred-seven-rates" / "summary.json"
 # An eighth of the core study's runs, on another machine.
 AGAIN = SUMMARY.parent / "again" / "runs.jsonl"
 
@@ -34,7 +33,7 @@ def leaves(thing, path=()):
         yield path, thing
 
 
-@pytest.mark.parametrize("summary", [SUMMARY, LONGER, HUNDRED, SEVEN], ids=["core", "longer", "hundred", "seven"])
+@pytest.mark.parametrize("summary", [SUMMARY, LONGER, HUNDRED], ids=["core", "longer", "hundred"])
 def test_the_summary_is_of_the_runs_beside_it(summary):
     runs = summary.with_name("runs.jsonl")
     made = dict(leaves(json.loads(json.dumps(summarise(Ledger(runs))))))
@@ -149,18 +148,15 @@ def test_the_study_s_readme_prints_the_longer_runs():
     )
 
 
-@pytest.mark.parametrize(
-    ("summary", "heading"), [(HUNDRED, "four rates"), (SEVEN, "seven rates")], ids=["hundred", "seven"]
-)
-def test_the_study_s_readme_prints_the_runs_of_a_hundred_examples(summary, heading):
-    study, core = (json.loads(path.read_text()) for path in (summary, SUMMARY))
+def test_the_study_s_readme_prints_the_runs_of_a_hundred_examples():
+    study, core = (json.loads(path.read_text()) for path in (HUNDRED, SUMMARY))
     assert study["study"]["train_size"] == 100
     tasks = study["study"]["tasks"]
     in_core = {
         (case["first"], case["second"]): fmean(row["difference"] for row in case["per_task"] if row["task"] in tasks)
         for case in (core["primary"], *core["secondary"])
     }
-    headings, printed = rows(STUDY, f"100 examples, {heading}")
+    headings, printed = rows(STUDY, "100 examples, seven rates")
     assert headings == [*tasks, "mean (95 % interval)", "p after Holm", "verdict", "of 300 examples"]
     assert printed == {
         **{
@@ -182,13 +178,23 @@ def test_the_study_s_readme_prints_the_runs_of_a_hundred_examples(summary, headi
     }
 
 
+def test_the_best_of_seven_rates_is_the_best_of_the_protocol_s_four():
+    for arm in json.loads(HUNDRED.read_text())["arms"]:
+        for task in arm["tasks"]:
+            tried = {float(lr): score for lr, score in task["tuning"].items()}
+            assert set(tried) >= set(arm_of(arm["arm"]).lrs)
+            assert len(tried) >= 7
+            assert max(tried, key=tried.get) == task["lr"]
+            assert not task["lr_at_edge"]
+            assert task["lr"] in arm_of(arm["arm"]).lrs
+
+
 def test_the_project_s_readme_prints_the_runs_of_a_hundred_examples():
     text = " ".join((ROOT / "README.md").read_text().split())
-    for summary in (HUNDRED, SEVEN):
-        study = json.loads(summary.read_text())
-        for case in (study["primary"], study["secondary"][1]):
-            said = f"{case['difference']:+.2f} points ({case['low']:+.2f} to {case['high']:+.2f}, {case['verdict']})"
-            assert said in text
+    study = json.loads(HUNDRED.read_text())
+    for case in (study["primary"], study["secondary"][1]):
+        said = f"{case['difference']:+.2f} points ({case['low']:+.2f} to {case['high']:+.2f}, {case['verdict']})"
+        assert said in text
 
 
 def test_the_study_s_readme_says_what_another_machine_found():
